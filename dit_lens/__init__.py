@@ -1,0 +1,59 @@
+"""dit_lens: mechanistic interpretability of diffusion transformers.
+
+    import dit_lens as dl
+
+    lens = dl.load("reasoner")                                  # or dl.wrap(pipe), for any pipeline of your own
+    run = lens.run(**inputs, seed=0, record=dl.at(block=6, step=0, branch="cond"))
+    run.activation(block=6, step=0)                             # (batch, frames, height, width, channels)
+    lens.decode(run.x0_hat(step=0))                             # what the model bets on at the first step, as video
+
+The words are few, and each has one meaning: an *expert* is a denoiser, a *step* a call of the scheduler, a *branch* one
+side of the guidance, a *block* a transformer block, a *site* one tensor of a block, a *cell* the place of an activation
+along all of these, a *run* one call of the pipeline with all that was seen of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.architectures import Architecture, Layout, register
+from dit_lens.errors import InputError
+from dit_lens.lens import Lens, load, wrap
+from dit_lens.noise import x0_hat
+from dit_lens.record import Activations, Record
+from dit_lens.reducers import frame_mean, full, norm, region_mean
+from dit_lens.run import Run
+from dit_lens.selection import Cell, Selector, at
+
+if TYPE_CHECKING:
+    from dit_lens import reasoner
+
+__all__ = [
+    "Activations",
+    "Architecture",
+    "Cell",
+    "InputError",
+    "Layout",
+    "Lens",
+    "Record",
+    "Run",
+    "Selector",
+    "at",
+    "frame_mean",
+    "full",
+    "load",
+    "norm",
+    "reasoner",
+    "region_mean",
+    "register",
+    "wrap",
+    "x0_hat",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The reasoner brings its tasks and their drawing along, which a user of another model does not need.
+    if name == "reasoner":
+        return importlib.import_module("dit_lens.reasoner")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,184 @@
+"""From one call with several prompts and seeds to the arguments of one pipeline call.
+
+A call with P prompts (or images) and S seeds runs P * S rows, prompt by prompt: row p * S + s has prompt p and seed s.
+Each row has a CPU generator of its own, so that a row's noise does not depend on what runs beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dit_lens.errors import InputError, listed
+from dit_lens.taps import replaced_attribute
+
+PER_PROMPT = ("prompt", "negative_prompt", "image", "last_image", "prompt_embeds", "negative_prompt_embeds")
+"""Pipeline arguments that may come once for each prompt."""
+
+IMAGES = ("image", "last_image")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One pipeline call: its arguments without `output_type`, and what its rows are."""
+
+    arguments: dict[str, Any]
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...]
+    different_images: bool
+
+    def context(self, pipe: Any) -> AbstractContextManager[None]:
+        """A context in which the pipeline can run these rows (see `encode_each_row_once`)."""
+        return encode_each_row_once(pipe) if self.different_images else nullcontext()
+
+
+def prepare(pipe: Any, seed: int | Sequence[int], inputs: dict[str, Any], reserved: Sequence[str] = ()) -> Call:
+    """Arguments for one pipeline call with a row for every prompt and seed.
+
+    Args:
+        pipe: the pipeline that will be called.
+        seed: one seed, or S of them.
+        inputs: the pipeline's own keyword arguments. `prompt` may be a list of P; `image` and `last_image` a PIL image,
+            a list of P, or a (3, H, W) or (P, 3, H, W) tensor in [0, 1].
+        reserved: arguments that the caller decides on.
+
+    Raises:
+        InputError: an argument that the pipeline lacks or that is not to be given, or lengths that do not agree.
+    """
+    _check_names(pipe, inputs, reserved)
+    seeds = _seeds(seed)
+    arguments = dict(inputs)
+    for name in set(IMAGES) & set(arguments):
+        arguments[name] = _images(pipe, name, arguments)
+    counts = {name: _count(arguments[name]) for name in PER_PROMPT if name in arguments}
+    several = {name: count for name, count in counts.items() if count is not None and count > 1}
+    prompts = max(several.values(), default=1)
+    if set(several.values()) - {prompts}:
+        raise InputError(f"lengths that differ: {listed(f'{name} {count}' for name, count in several.items())}")
+    different_images = bool(set(several) & set(IMAGES))
+    if different_images:
+        for name in (name for name in IMAGES if isinstance(arguments.get(name), Image.Image)):
+            arguments[name], counts[name] = _as_tensor(pipe, [arguments[name]], arguments), 1
+    for name, value in arguments.items():
+        if name in counts and (name not in IMAGES or different_images):
+            arguments[name] = _spread(name, value, counts[name], prompts, len(seeds))
+    if different_images and getattr(pipe, "image_encoder", None) is not None:
+        raise InputError("a pipeline with an image_encoder repeats one image for all rows; run its images one by one")
+    rows = tuple(seeds) * prompts
+    arguments["generator"] = [torch.Generator("cpu").manual_seed(row) for row in rows]
+    prompt = arguments.get("prompt")
+    texts = [prompt] if isinstance(prompt, str) else list(prompt or [""] * len(rows))
+    return Call(arguments, rows, tuple(texts), different_images)
+
+
+ENCODED_PIXELS = 2**26
+"""How many pixels (rows x frames x height x width) an accelerator encodes at a time."""
+
+
+@contextmanager
+def encode_each_row_once(pipe: Any):
+    """Let `vae.encode` give one row at a time while a pipeline prepares a batch of different images.
+
+    Diffusers' WanImageToVideoPipeline, given a list of N generators, encodes its whole video condition N times and
+    joins the results. That is right for one image (N calls, one row each) and gives N * N rows for N images. In this
+    context the i-th call returns row i only, so that the joined condition has N rows. An image that stands in several
+    rows (one for each seed) is encoded once. On the CPU every image is encoded alone, exactly as in a run of its own;
+    on an accelerator, which would spend its time on launching kernels, as many at once as `ENCODED_PIXELS` holds.
+    The instance's own method is back when the context ends.
+    """
+    encode = pipe.vae.encode
+    rows: Iterator[Any] | None = None
+
+    def encoded_rows(x: Tensor, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        # A row counts as new where it differs from the one before it: rows come image by image.
+        new = [i for i in range(len(x)) if i == 0 or not torch.equal(x[i], x[i - 1])]
+        repeats = [b - a for a, b in itertools.pairwise([*new, len(x)])]
+        size = 1 if x.device.type == "cpu" else max(1, ENCODED_PIXELS // x[0, 0].numel())
+        for first in range(0, len(new), size):
+            output = encode(x[new[first : first + size]], *args, **kwargs)
+            distribution = output.latent_dist
+            for parameters, count in zip(distribution.parameters, repeats[first : first + size], strict=True):
+                row = type(output)(latent_dist=type(distribution)(parameters[None]))
+                yield from itertools.repeat(row, count)
+
+    def encode_next(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rows
+        rows = encoded_rows(x, *args, **kwargs) if rows is None else rows
+        return next(rows)
+
+    with replaced_attribute(pipe.vae, "encode", encode_next):
+        yield
+
+
+def _check_names(pipe: Any, inputs: dict[str, Any], reserved: Sequence[str]) -> None:
+    instead = {
+        "generator": "seed=",
+        "num_videos_per_prompt": "a list of seeds",
+        "output_type": "decode=",
+        "return_dict": "the Run that comes back",
+    }
+    for name in inputs:
+        if name in reserved:
+            raise InputError(f"{name}= is not for you to give here; use {instead.get(name, 'something else')}")
+    parameters = [name for name in inspect.signature(type(pipe).__call__).parameters if name != "self"]
+    unknown = [name for name in inputs if name not in parameters]
+    if unknown:
+        raise InputError(f"{type(pipe).__name__} takes no {listed(unknown)}; it takes {listed(parameters)}")
+
+
+def _seeds(seed: int | Sequence[int]) -> list[int]:
+    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    if not seeds or not all(isinstance(one, int | np.integer) for one in seeds):
+        raise InputError(f"seed={seed!r} is no int and no list of ints")
+    return [int(one) for one in seeds]
+
+
+def _count(value: Any) -> int | None:
+    """How many prompts a value holds; None for a single one for all rows."""
+    if isinstance(value, Tensor):
+        return value.shape[0]
+    return len(value) if isinstance(value, list | tuple) else None
+
+
+def _images(pipe: Any, name: str, arguments: dict[str, Any]) -> Any:
+    """A single PIL image as it came; tensors and lists as (P, 3, H, W) in [0, 1]."""
+    images = arguments[name]
+    if isinstance(images, Tensor):
+        if images.ndim not in (3, 4) or images.shape[-3] != 3:
+            raise InputError(f"{name} has shape {tuple(images.shape)}; write (3, H, W) or (P, 3, H, W) in [0, 1]")
+        if images.min() < 0 or images.max() > 1:
+            raise InputError(f"{name} has values from {images.min():.3g} to {images.max():.3g}; scale them to [0, 1]")
+        return images if images.ndim == 4 else images[None]
+    if images is None or isinstance(images, Image.Image):
+        return images
+    if not isinstance(images, list | tuple) or not all(isinstance(image, Image.Image) for image in images):
+        raise InputError(f"{name} is a {type(images).__name__}; write a PIL image, a list of them, or a tensor")
+    return images[0] if len(images) == 1 else _as_tensor(pipe, images, arguments)
+
+
+def _as_tensor(pipe: Any, images: Sequence[Image.Image], arguments: dict[str, Any]) -> Tensor:
+    """PIL images as (P, 3, H, W) in [0, 1], as the pipeline's own preprocessing makes them; it goes on from there."""
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    height, width = (arguments.get(side, defaults[side].default) for side in ("height", "width"))
+    processor = pipe.video_processor
+    resized = [processor.resize(image.convert("RGB"), height, width) for image in images]
+    return processor.numpy_to_pt(processor.pil_to_numpy(resized))
+
+
+def _spread(name: str, value: Any, count: int | None, prompts: int, seeds: int) -> Any:
+    """A per-prompt argument with one entry for every row; what is one for all rows the pipeline repeats itself."""
+    if count is None:
+        return [value] * (prompts * seeds) if name == "prompt" and value is not None and prompts * seeds > 1 else value
+    repeats = seeds if count == prompts else prompts * seeds
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(repeats, dim=0)
+    return [one for one in value for _ in range(repeats)]

@@ -1,0 +1,64 @@
+"""A table of what a lens can see: experts and blocks, streams and sites, guidance, schedule, token layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dit_lens.architectures import Architecture
+from dit_lens.selection import SITES
+
+
+@dataclass(frozen=True)
+class Description:
+    """Rows of (what, which); `str` makes a readable table of them."""
+
+    rows: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        width = max(len(what) for what, _ in self.rows)
+        return "\n".join(f"{what:<{width}}  {which}" for what, which in self.rows)
+
+
+def describe(name: str, pipe: Any, architecture: Architecture) -> Description:
+    """What the lens called `name` on this pipeline can see."""
+    rows = [("model", name), ("pipeline", type(pipe).__name__), ("architecture", architecture.name)]
+    for expert, denoiser in architecture.denoisers(pipe).items():
+        blocks = architecture.block_list(denoiser)
+        millions = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
+        rows.append(
+            (
+                expert,
+                f"{len(blocks)} blocks ({type(blocks[0]).__name__}, width {architecture.width(denoiser)}),"
+                f" {millions:.3g} M parameters in {str(denoiser.dtype).removeprefix('torch.')}",
+            )
+        )
+    boundary = pipe.config.get("boundary_ratio")
+    if boundary is not None:
+        threshold = boundary * pipe.scheduler.config.num_train_timesteps
+        rows.append(("switch", f"transformer_2 below timestep {threshold:g}"))
+    denoiser = next(iter(architecture.denoisers(pipe).values()))
+    config: Any = denoiser.config
+    rows += [
+        ("streams", ", ".join(architecture.streams)),
+        ("sites", ", ".join(SITES)),
+        (
+            "guidance",
+            f"{architecture.guidance}: {', then '.join(architecture.branches)},"
+            f" when guidance_scale > {architecture.guided_above:g}",
+        ),
+        ("schedule", _schedule(pipe.scheduler)),
+        ("layout", f"{architecture.token_rule}; patch_size {tuple(config.patch_size)}"),
+        (
+            "latents",
+            f"1 latent frame holds {pipe.vae_scale_factor_temporal} frames (the first one 1),"
+            f" {pipe.vae_scale_factor_spatial} x {pipe.vae_scale_factor_spatial} pixels a latent",
+        ),
+    ]
+    return Description(tuple(rows))
+
+
+def _schedule(scheduler: Any) -> str:
+    telling = ("shift", "flow_shift", "prediction_type", "use_flow_sigmas", "num_train_timesteps")
+    settings = [f"{name}={scheduler.config[name]}" for name in telling if scheduler.config.get(name) is not None]
+    return f"{type(scheduler).__name__}({', '.join(settings)})"

@@ -1,0 +1,269 @@
+"""The lens: a pipeline with every block of its denoisers open to view. The only object that most users hold.
+
+    lens = dl.load("reasoner")
+    run = lens.run(image=image, prompt="...", seed=0, record=dl.at(block=6, step=0))
+
+The pipeline runs itself: the lens calls it with its own arguments, and a run in which nothing is recorded gives the
+same bits as the pipeline alone (`Lens.plain`). What the lens adds are a CPU generator for every sample, the step clock,
+and taps on the blocks that were asked for; all of it is gone when the run is over.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dit_lens import batching, loading
+from dit_lens.architectures import Architecture, lookup
+from dit_lens.describe import Description, describe
+from dit_lens.errors import InputError, listed
+from dit_lens.hooks import HookEngine
+from dit_lens.record import Activations, Record, Recorder, as_records
+from dit_lens.run import Run
+from dit_lens.schedule import Forecast, StepClock, forecast
+from dit_lens.selection import Extent, Selector
+from dit_lens.taps import Engine, Result, Tap, replaced_attribute, to_host
+
+ENGINES = ("nnsight", "hooks")
+LIMIT_BYTES = 4 * 10**9
+"""How much a run keeps at most, unless told otherwise."""
+DECODED_LATENTS = 2**18
+"""How many latent positions (rows x frames x height x width) an accelerator decodes at a time."""
+
+
+class _Turn:
+    """Whose turn it is to run a pipeline."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holder: int | None = None
+
+
+_turns: WeakKeyDictionary[Any, _Turn] = WeakKeyDictionary()
+
+
+def load(
+    model: str | Path,
+    engine: str = "nnsight",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Lens:
+    """A lens on a pipeline that is loaded here.
+
+    Args:
+        model: `reasoner` (bundled), the folder of a pipeline, or the id of one on the Hugging Face hub.
+        engine: `nnsight`, or `hooks` for plain torch hooks; both give the same numbers.
+        device: where to put it; a GPU if there is one, when left out. dtype: the precision to compute in.
+
+    Raises:
+        InputError: there is no such model, its files are damaged, or its architecture is not known.
+    """
+    pipe, folder = loading.load_pipeline(model, device, dtype)
+    return Lens(pipe, engine, name=str(model), folder=folder)
+
+
+def wrap(pipe: Any, engine: str = "nnsight") -> Lens:
+    """A lens on a diffusers pipeline that you loaded yourself; it stays on its device and in its precision.
+
+    Raises:
+        InputError: the pipeline's architecture is not known.
+    """
+    return Lens(pipe, engine, name=type(pipe).__name__)
+
+
+class Lens:
+    """A wrapped pipeline.
+
+    Attributes:
+        pipe: the pipeline itself, unchanged. architecture: what is known about its family. name: what was loaded.
+    """
+
+    def __init__(self, pipe: Any, engine: str, name: str, folder: Path | None = None) -> None:
+        self.pipe = pipe
+        self.architecture: Architecture = lookup(pipe)
+        self.name = name
+        self.engine = engine
+        self._folder = folder
+        if engine not in ENGINES:
+            raise InputError(f"there is no engine {engine!r}; write {' or '.join(ENGINES)}")
+
+    def __repr__(self) -> str:
+        return f"Lens({self.name!r}, {type(self.pipe).__name__}, engine={self.engine!r})"
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the weights: of the files where the lens loaded a folder, of the values in memory elsewhere."""
+        if self._folder is not None:
+            return loading.folder_hash(self._folder)
+        modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+        return loading.state_hash(modules)
+
+    def describe(self) -> Description:
+        """Experts, blocks, streams, sites, guidance, schedule and token layout; print it to see a table."""
+        return describe(self.name, self.pipe, self.architecture)
+
+    def forecast(self, **inputs: Any) -> Forecast:
+        """The schedule that a run with these pipeline arguments will follow: timesteps, sigmas, experts, branches."""
+        with self._alone(progress=False):
+            return self._forecast(inputs)
+
+    def plain(self, seed: int | Sequence[int] = 0, progress: bool = False, **inputs: Any) -> Any:
+        """The pipeline itself, with the same generators as `run` and nothing attached: what a run is compared with.
+
+        A batch of different images is the one thing that the pipeline cannot do by itself; see
+        `batching.encode_row_by_row`.
+
+        Args:
+            seed, inputs: as for `run`; here `output_type` and `return_dict` are yours to give too.
+
+        Returns:
+            What the pipeline returns.
+        """
+        call = batching.prepare(self.pipe, seed, inputs, reserved=("generator", "num_videos_per_prompt"))
+        with self._alone(progress), call.context(self.pipe):
+            return self.pipe(**call.arguments)
+
+    def run(
+        self,
+        seed: int | Sequence[int] = 0,
+        record: Selector | Record | Iterable[Selector | Record] = (),
+        edits: Sequence[Any] = (),
+        decode: bool = True,
+        progress: bool = False,
+        limit_bytes: int = LIMIT_BYTES,
+        **inputs: Any,
+    ) -> Run:
+        """Run the pipeline, with its trajectory and what `record` selects.
+
+        Args:
+            seed: one seed, or a list: every prompt is then run with each of them, prompt-major.
+            record: selectors, or records with reducers and sinks; see `dit_lens.at` and `dit_lens.Record`.
+            edits: none are on offer yet.
+            decode: whether to decode the video.
+            progress: whether to show the pipeline's progress bar.
+            limit_bytes: refuse a run that would keep more than this of activations.
+            inputs: the pipeline's own keyword arguments. `prompt` may be a list; images may be PIL images, lists of
+                them, or tensors of shape (3, H, W) or (P, 3, H, W) in [0, 1].
+
+        Returns:
+            The run, on the CPU.
+
+        Raises:
+            InputError: arguments that the pipeline lacks, a selection that is out of range or matches nothing, or one
+                that would keep too much; before anything runs where that can be known.
+        """
+        if edits:
+            raise InputError("edits are not on offer yet; leave edits= out")
+        reserved = ("generator", "num_videos_per_prompt", "output_type", "return_dict")
+        call = batching.prepare(self.pipe, seed, inputs, reserved)
+        records = as_records(record)
+        arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
+        with self._alone(progress):
+            recorder = self._recorder(records, inputs, limit_bytes) if records else None
+            clock = StepClock(self.pipe, self.architecture, recorder.begin if recorder else None)
+            with clock, call.context(self.pipe):
+                output = self._tapped(lambda: self.pipe(**arguments), recorder.taps if recorder else ())
+        activations = recorder.finish() if recorder else Activations()
+        video = to_host(output.frames.movedim(2, -1)) if decode else None
+        return self._run(call, clock, video, activations)
+
+    def decode(
+        self, latents: Float[Tensor, "*batch channels frames height width"], rows: int | None = None
+    ) -> Float[Tensor, "*batch video_frames video_height video_width 3"]:
+        """Latents (of a run, or an x0-hat) as video in [0, 1], on the CPU.
+
+        Args:
+            latents: on any device, scaled as the denoiser sees them. rows: how many to decode at a time; by default few
+                on the CPU, and as many as `DECODED_LATENTS` holds on an accelerator.
+        """
+        vae, leading = self.pipe.vae, latents.shape[:-4]
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(self.pipe._execution_device, vae.dtype)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        if rows is None:
+            rows = 8 if mean.device.type == "cpu" else max(1, DECODED_LATENTS // latents[..., 0, :, :, :].shape[-3:].numel())
+        videos = []
+        with torch.no_grad():
+            for chunk in latents.flatten(0, -5).split(rows) if leading else [latents[None]]:
+                # Divided by the inverse, as the pipeline does it: another order rounds differently.
+                scaled = chunk.to(mean.device, vae.dtype) / (1.0 / std) + mean
+                decoded = vae.decode(scaled, return_dict=False)[0]
+                frames = self.pipe.video_processor.postprocess_video(decoded, output_type="pt")
+                videos.append(to_host(frames.movedim(2, -1)))
+        return torch.cat(videos).unflatten(0, leading) if leading else torch.cat(videos)[0]
+
+    def _tapped(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
+        """Run a function with taps in place; without any, no engine has a part in it."""
+        return self._engine.call(function, taps) if taps else function()
+
+    @cached_property
+    def _engine(self) -> Engine:
+        if self.engine == "hooks":
+            return HookEngine(self.pipe, self.architecture)
+        # Imported when a trace is first needed: it takes seconds, and it changes a few things for the whole process.
+        from dit_lens.tracing import TracingEngine
+
+        return TracingEngine(self.pipe, self.architecture)
+
+    def _recorder(self, records: tuple[Record, ...], inputs: dict[str, Any], limit_bytes: int) -> Recorder:
+        denoisers = self.architecture.denoisers(self.pipe)
+        cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
+        if cached:
+            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() before recording")
+        extent = Extent(
+            blocks={name: len(self.architecture.block_list(module)) for name, module in denoisers.items()},
+            forecast=self._forecast(inputs),
+            branches=self.architecture.branches,
+            streams=self.architecture.streams,
+        )
+        return Recorder(records, extent, self.architecture, limit_bytes)
+
+    def _run(self, call: batching.Call, clock: StepClock, video: Tensor | None, activations: Activations) -> Run:
+        assert clock.layout is not None
+        steps = range(clock.step)
+        branches = tuple(clock.branches)
+        return Run(
+            seeds=call.seeds,
+            prompts=call.prompts,
+            layout=clock.layout,
+            scheduler=type(self.pipe.scheduler).__name__,
+            timesteps=tuple(clock.timesteps),
+            sigmas=torch.tensor(clock.sigmas, dtype=torch.float64).float(),
+            experts=tuple(clock.experts),
+            branches=branches,
+            latents=torch.stack(clock.samples),
+            outputs={name: torch.stack([clock.outputs[step, name] for step in steps]) for name in ("guided", *branches)},
+            weights=tuple(clock.weights),
+            video=video,
+            activations=activations,
+        )
+
+    def _forecast(self, inputs: dict[str, Any]) -> Forecast:
+        defaults = inspect.signature(type(self.pipe).__call__).parameters
+        steps, scale = (inputs.get(name, defaults[name].default) for name in ("num_inference_steps", "guidance_scale"))
+        return forecast(self.pipe, self.architecture, steps, scale)
+
+    @contextmanager
+    def _alone(self, progress: bool) -> Iterator[None]:
+        """One run of a pipeline at a time: the clock, the taps and nnsight all sit in the pipeline's own modules."""
+        turn = _turns.setdefault(self.pipe, _Turn())
+        if turn.holder == threading.get_ident():
+            raise RuntimeError("a lens cannot run inside a reducer or sink of a run on the same pipeline")
+        bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": not progress}
+        with turn.lock, replaced_attribute(self.pipe, "_progress_bar_config", bar):
+            turn.holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                turn.holder = None

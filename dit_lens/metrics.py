@@ -1,0 +1,79 @@
+"""Numbers read from a video, or from the energy of its tokens.
+
+Three questions come back in every experiment. *Where did something move?* The motion map answers it: how far each square of
+the board has gone from the first frame, averaged over the frames. *How undecided is the video?* The evidence for each legal
+answer, scaled to a distribution, has an entropy in bits and a number of answers that are still alive. *Does a block spend
+its energy on some region?* The share of energy inside a mask, divided by the share of the area that the mask covers, is 1
+where the block has no preference.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.stats import entropy
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
+
+ALIVE = 0.25
+"""An answer is alive when the video has gone at least this far (of 1) towards it."""
+
+DECIDABLE = 0.1
+"""Evidence summed over the answers below which a video shows none of them: its entropy is undefined."""
+
+
+def motion_map(
+    video: Float[Tensor, "batch frames height width 3"], squares: tuple[int, int] = (16, 16)
+) -> Float[Tensor, "batch rows columns"]:
+    """Mean absolute change from the first frame, per square of a board of ``squares`` (rows, columns).
+
+    In units of the video's range [0, 1], averaged over the later frames, the colours and the pixels of a square. (Chains of
+    frames: paper 2603.30043 counts changed pixels instead; a mean needs no threshold.)
+    """
+    change = (video[:, 1:] - video[:, :1]).abs().mean(dim=(1, 4))
+    return adaptive_avg_pool2d(change.float(), squares)
+
+
+def map_cosine(one: Float[Tensor, "*batch rows columns"], other: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
+    """Cosine between two maps, square by square. Maps are not negative, so its floor is well above 0: read it beside the
+    cosine to an unrelated map. Two empty maps have cosine 0."""
+    return cosine_similarity(one.flatten(-2), other.flatten(-2), dim=-1)
+
+
+def answers_alive(evidence: Float[np.ndarray, " answers"], level: float = ALIVE) -> int:
+    """How many answers the video has gone at least ``level`` of the way to. ``evidence`` lies in [0, 1]."""
+    return int((evidence >= level).sum())
+
+
+def answer_entropy(evidence: Float[np.ndarray, " answers"], least: float = DECIDABLE) -> float:
+    """Entropy in bits of the evidence, scaled to sum to 1: 0 when decided, log2(answers) when all are level.
+
+    nan for fewer than two answers, and where the evidence sums to less than ``least``: nothing is drawn there yet.
+    """
+    if len(evidence) < 2 or evidence.sum() < least:
+        return float("nan")
+    return float(entropy(evidence, base=2))
+
+
+def mask_fractions(mask: Bool[np.ndarray, "rows columns"], layout: tuple[int, int]) -> Float[np.ndarray, "height width"]:
+    """Fraction of each token's area that lies in a mask of board squares; ``layout`` is (height, width) in tokens."""
+    squares = torch.from_numpy(np.ascontiguousarray(mask)).float()
+    return adaptive_avg_pool2d(squares[None, None], layout)[0, 0].numpy()
+
+
+def region_share(
+    energy: Float[np.ndarray, "*batch frames height width"], fractions: Float[np.ndarray, "height width"]
+) -> Float[np.ndarray, "*batch"]:
+    """Share of all energy that lies in a region; a token counts by the fraction of it that the region covers."""
+    return np.asarray((energy * fractions).sum(axis=(-3, -2, -1)) / energy.sum(axis=(-3, -2, -1)))
+
+
+def resized(
+    video: Float[Tensor, "batch frames height width 3"], height: int, width: int
+) -> Float[Tensor, "batch frames new_height new_width 3"]:
+    """The video at another size, each new pixel the mean of what it covers: how a scorer of small boards reads any
+    model."""
+    if video.shape[2:4] == (height, width):
+        return video
+    planes = video.movedim(-1, 2).flatten(0, 2)
+    pooled = adaptive_avg_pool2d(planes, (height, width))
+    return pooled.unflatten(0, (len(video), video.shape[1], 3)).movedim(2, -1)

@@ -1,0 +1,151 @@
+"""How noisy a sample is at each step, and what clean sample a denoiser's output implies there.
+
+Schedulers differ in how they mix a clean sample with noise and in what they take a denoiser's output to be: a velocity,
+the noise, or the clean sample itself. `noise_state` says both for one point of a schedule. In every family the clean
+sample that an output implies is a weighted sum of the noisy sample and the output, x0-hat = a * sample + b * output;
+`x0_weights` gives (a, b). The formulas are those of each scheduler's own `step` and `convert_model_output`, without the
+clipping that some of them add.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dit_lens.errors import InputError, listed
+
+FLOW_MATCH = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+MULTISTEP = (
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+)
+EXPLODING = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)
+BY_TIMESTEP = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "PNDMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
+"""Scheduler families, by how a noisy sample is made of a clean one and noise (see `NoiseState`)."""
+
+
+@dataclass(frozen=True)
+class NoiseState:
+    """Noise at one point of a schedule: sample = signal * x0 + noise * epsilon.
+
+    Attributes:
+        sigma: the noise level as the scheduler counts it: in flow matching the share of noise in [0, 1], elsewhere the
+            ratio of noise to signal.
+        signal: factor of the clean sample. noise: factor of the Gaussian noise.
+        prediction: what the denoiser's output is: flow_prediction, epsilon, v_prediction or sample.
+    """
+
+    sigma: float
+    signal: float
+    noise: float
+    prediction: str
+
+
+def noise_state(scheduler: Any, timestep: float, index: int | None = None) -> NoiseState:
+    """The noise state before `scheduler.step` is called with this timestep.
+
+    Args:
+        scheduler: a diffusers scheduler with its timesteps set.
+        timestep: the timestep that the denoiser is called with.
+        index: position in `scheduler.sigmas`; where the scheduler stands when left out.
+
+    Raises:
+        InputError: the scheduler is of a family that is not known here.
+    """
+    names = {parent.__name__ for parent in type(scheduler).__mro__}
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    if names & set(BY_TIMESTEP):
+        alpha = float(scheduler.alphas_cumprod[int(timestep)])
+        sigma = math.sqrt((1 - alpha) / alpha) if alpha else math.inf
+        return NoiseState(sigma, math.sqrt(alpha), math.sqrt(1 - alpha), prediction)
+    if not names & {*FLOW_MATCH, *MULTISTEP, *EXPLODING}:
+        known = sorted({*FLOW_MATCH, *MULTISTEP, *EXPLODING, *BY_TIMESTEP})
+        raise InputError(f"the noise levels of a {type(scheduler).__name__} are not known; known: {listed(known)}")
+    if index is None:
+        index = _index(scheduler, timestep)
+    sigma = float(scheduler.sigmas[index])
+    if hasattr(scheduler, "sigmas_interpol") and index % 2:
+        # KDPM2 calls the model between two noise levels at every other step; its ancestral form stores them one ahead.
+        sigma = float(scheduler.sigmas_interpol[index - ("KDPM2AncestralDiscreteScheduler" in names)])
+    if names & set(FLOW_MATCH) or scheduler.config.get("use_flow_sigmas"):
+        return NoiseState(sigma, 1 - sigma, sigma, prediction)
+    if names & set(EXPLODING):
+        return NoiseState(sigma, 1.0, sigma, prediction)
+    signal = 1 / math.sqrt(sigma**2 + 1)
+    return NoiseState(sigma, signal, sigma * signal, prediction)
+
+
+def _index(scheduler: Any, timestep: float) -> int:
+    """Where the scheduler stands; before its first step, where it will start."""
+    if scheduler.step_index is not None:
+        return scheduler.step_index
+    return scheduler.begin_index if scheduler.begin_index is not None else scheduler.index_for_timestep(timestep)
+
+
+def x0_weights(state: NoiseState) -> tuple[float, float] | None:
+    """The (a, b) of x0-hat = a * sample + b * output; None where the output says nothing about x0 (no signal left)."""
+    if state.prediction in ("sample", "original_sample"):
+        return (0.0, 1.0)
+    if state.prediction == "flow_prediction":
+        return (1.0, -state.noise)
+    if state.prediction == "epsilon":
+        return (1 / state.signal, -state.noise / state.signal) if state.signal else None
+    if state.prediction == "v_prediction":
+        # v is defined for signal^2 + noise^2 = 1; where signal is always 1, the model saw the sample scaled to that.
+        scale = 1 / (state.noise**2 + 1) if state.signal == 1 else 1.0
+        return (state.signal * scale, -state.noise * math.sqrt(scale))
+    raise InputError(f"x0-hat of a {state.prediction!r} output is not known")
+
+
+def x0_hat(
+    scheduler: Any,
+    output: Float[Tensor, "batch channels *space"],
+    timestep: float,
+    sample: Float[Tensor, "batch channels *space"],
+) -> Float[Tensor, "batch channels *space"]:
+    """The clean sample that a denoiser's output implies, as latents in float32 or better.
+
+    Call it before `scheduler.step`, which moves the scheduler on.
+
+    Args:
+        scheduler: the scheduler, standing at this step. timestep: the one that `step` will be called with.
+        output: what the denoiser returned, of one branch or guided. sample: the noisy latents.
+
+    Raises:
+        InputError: the scheduler's family or prediction type is not known, or the sample holds no signal at all.
+    """
+    weights = x0_weights(noise_state(scheduler, timestep))
+    if weights is None:
+        raise InputError(f"there is no x0-hat at timestep {timestep}: the sample is pure noise, the output epsilon")
+    return weighted(weights, sample, output)
+
+
+def weighted(weights: tuple[float, float], sample: Tensor, output: Tensor) -> Tensor:
+    """a * sample + b * output, in float32 or better."""
+    at_least = torch.promote_types(torch.promote_types(sample.dtype, output.dtype), torch.float32)
+    return weights[0] * sample.to(at_least) + weights[1] * output.to(at_least)

@@ -1,0 +1,93 @@
+"""Where a result came from: which weights, which code, which versions, which machine.
+
+A measured part may be used again only if nothing that shaped it has changed. `fingerprint` condenses the model's weights,
+the scheduler, the settings and the code into one word; the manifest of an experiment spells out the same things for a
+person.
+"""
+
+import hashlib
+import inspect
+import json
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DRAWING = {"cli.py", "report.py", "plots.py"}
+"""Modules that show results without shaping them: a change there leaves measured parts valid."""
+
+
+def fingerprint(lens: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any], source: Path) -> str:
+    """Sixteen hex digits that change whenever a measurement could.
+
+    ``settings`` and ``arguments`` are the experiment's own and those overridden for the pipeline; ``source`` is the file of
+    the experiment. The device type counts, since numerics differ there; the number of threads does not.
+    """
+    facts = {
+        "model": lens.hash,
+        "scheduler": scheduler_facts(lens),
+        "settings": dict(settings),
+        "arguments": dict(arguments),
+        "code": code_hash(source),
+        "device": lens.pipe.device.type,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@cache
+def code_hash(source: Path) -> str:
+    """SHA-256 over the source of ``source``, of dit_lens (without what only draws or trains) and of probes.
+
+    Read once in a process, as the code that runs was read once too.
+    """
+    files = [source]
+    for package in ("dit_lens", "probes"):
+        folder = Path(inspect.getfile(import_module(package))).parent
+        files += [path for path in folder.rglob("*.py") if path.name not in DRAWING and "train" not in path.name]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def scheduler_facts(lens: Any) -> dict[str, Any]:
+    """Class and configuration of the pipeline's scheduler."""
+    scheduler = lens.pipe.scheduler
+    return {"class": type(scheduler).__name__, "config": dict(scheduler.config)}
+
+
+def model_facts(lens: Any) -> dict[str, Any]:
+    """What the manifest says of a model: its name, hash, classes and number of parameters."""
+    modules = {name: part for name, part in lens.pipe.components.items() if isinstance(part, nn.Module)}
+    return {
+        "name": lens.name,
+        "hash": lens.hash,
+        "pipeline": type(lens.pipe).__name__,
+        "classes": {name: type(part).__name__ for name, part in modules.items()},
+        "parameters": {name: sum(weight.numel() for weight in part.parameters()) for name, part in modules.items()},
+        "dtype": str(lens.pipe.dtype).removeprefix("torch."),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {name: version(name) for name in ("dit_lens", "torch", "diffusers", "transformers", "nnsight")}
+
+
+def device_facts(lens: Any) -> dict[str, Any]:
+    """The device, in words: what computed, under which system, with how many threads."""
+    device = lens.pipe.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "type": device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()}, Python {platform.python_version()}",
+    }

@@ -1,0 +1,30 @@
+"""The bundled reasoner: a small image-to-video diffusion transformer of Wan2.2-I2V's own classes that solves puzzles.
+
+`task(name)` gives a kind of puzzle, `task(name).sample(split, index)` one puzzle with everything known about it, and
+`folder()` the pipeline. Every experiment runs on it within minutes on a laptop, and the same code runs on Wan2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dit_lens.errors import InputError
+from dit_lens.reasoner.folders import folder
+from dit_lens.reasoner.tasks import Sample, Score, Task, task, tasks
+
+
+def inputs(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The pipeline's keyword arguments for several samples at once: lists of prompts and images, everything else shared.
+
+    Raises:
+        InputError: there is no sample, or their clips differ in length.
+    """
+    lengths = sorted({s.frames for s in samples})
+    if len(lengths) != 1:
+        raise InputError(f"a batch needs samples of one length, and these have {lengths} frames; write one batch for each")
+    each = [s.inputs for s in samples]
+    return {**each[0], "prompt": [i["prompt"] for i in each], "image": [i["image"] for i in each]}
+
+
+__all__ = ["Sample", "Score", "Task", "folder", "inputs", "task", "tasks"]

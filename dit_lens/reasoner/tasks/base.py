@@ -1,0 +1,248 @@
+"""What a task is: puzzles that can be drawn, solved in every legal way, and read back from any video.
+
+A task generates puzzles without limit. Each puzzle belongs to the train or to the test split by a hash of its content *up to
+symmetry*, so that a turned or mirrored copy of a training puzzle is never held out. A puzzle knows every legal answer; a sample
+is a puzzle with a prompt and one answer, drawn at random, that its true video shows. Scoring reads a video of any origin and
+returns what the video did (the route walked, the square marked) besides whether it is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+
+from dit_lens.errors import InputError
+from dit_lens.reasoner import board
+from dit_lens.reasoner.settings import CALL
+
+Split = Literal["train", "test"]
+Answer = Hashable
+"""What a video does, in a task's own terms; equal answers mean the same thing was done."""
+
+HELD_OUT_SHARE = 1 / 8
+"""Share of puzzle classes (puzzles up to symmetry) that are held out for testing."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a video did.
+
+    `right` is whether it did something legal and left the rest of the board alone; `answer` is what it did in the task's terms,
+    None where nothing could be read; `which` is the index of `answer` among the sample's legal answers; `reason` says in words
+    why it is wrong ("" when right).
+    """
+
+    right: bool
+    answer: Answer | None
+    which: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A puzzle with its prompt, all its legal answers, and the one that its true video shows."""
+
+    task: Task
+    split: Split
+    index: int
+    puzzle: Any
+    prompt: str
+    shown: int
+    """Index into `answers` of the answer in the true video."""
+    frames: int = CALL["num_frames"]
+    answers: tuple[Answer, ...] = field(repr=False, default=())
+
+    @cached_property
+    def boards(self) -> UInt8[np.ndarray, "frames 16 16"]:
+        """The true video as palette indices."""
+        return self.task.draw(self.puzzle, self.answers[self.shown], self.frames)
+
+    def video(self) -> Float[np.ndarray, "frames 64 64 3"]:
+        """The true video in pixels, in [0, 1]."""
+        return board.paint(self.boards).astype(np.float32) / 255
+
+    @property
+    def image(self) -> Image.Image:
+        """The first frame: what the model is given."""
+        return Image.fromarray(board.paint(self.boards[0]))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The pipeline's keyword arguments for this sample at the bundled model's default settings."""
+        return {**CALL, "image": self.image, "prompt": self.prompt, "num_frames": self.frames}
+
+    @cached_property
+    def masks(self) -> dict[str, Bool[np.ndarray, "16 16"]]:
+        """What is where: one mask of squares per part of the picture."""
+        return self.task.masks(self.puzzle)
+
+    @cached_property
+    def answer_masks(self) -> Bool[np.ndarray, "answers 16 16"]:
+        """The squares that each legal answer paints in the last frame."""
+        start = self.boards[0]
+        return np.stack([self.task.draw(self.puzzle, a, 5)[-1] != start for a in self.answers])
+
+
+class Task(ABC):
+    """One kind of puzzle. Subclasses say how it is made, drawn, solved and read."""
+
+    name: ClassVar[str]
+    wordings: ClassVar[tuple[str, ...]]
+    """Prompts with {placeholders} that `words` fills."""
+
+    @abstractmethod
+    def generate(self, random: np.random.Generator) -> Any:
+        """A new puzzle."""
+
+    @abstractmethod
+    def solve(self, puzzle: Any) -> tuple[Answer, ...]:
+        """Every legal answer, in a fixed order."""
+
+    @abstractmethod
+    def draw(self, puzzle: Any, answer: Answer, frames: int) -> UInt8[np.ndarray, "frames 16 16"]:
+        """The video in which an answer, legal or not, is carried out; it always ends in the last frame."""
+
+    @abstractmethod
+    def masks(self, puzzle: Any) -> dict[str, Bool[np.ndarray, "16 16"]]:
+        """What is where in the first frame, and where the answers go."""
+
+    @abstractmethod
+    def wrong(self, puzzle: Any, random: np.random.Generator) -> Answer:
+        """An answer that looks like a legal one and is not."""
+
+    @abstractmethod
+    def canonical(self, puzzle: Any) -> bytes:
+        """The puzzle's content up to symmetry: what decides its split."""
+
+    @abstractmethod
+    def judge(self, boards: UInt8[np.ndarray, "frames 16 16"], sample: Sample) -> Score:
+        """Read one video, given as palette indices, and say what it did."""
+
+    def words(self, puzzle: Any) -> dict[str, str]:
+        """What fills the placeholders of the wordings."""
+        return {}
+
+    def prompts(self) -> list[str]:
+        """Every prompt this task can produce; the tokenizer and the text encoder are trained on them."""
+        return [w.format(**words) for w in self.wordings for words in self.vocabulary()]
+
+    def vocabulary(self) -> list[dict[str, str]]:
+        """Every combination of words that `words` can return."""
+        return [{}]
+
+    def split(self, puzzle: Any) -> Split:
+        """Where a puzzle belongs, by a hash of its content up to symmetry."""
+        digest = hashlib.sha256(self.name.encode() + b"\0" + self.canonical(puzzle)).digest()
+        return "test" if int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64 else "train"
+
+    def sample(self, split: Split = "test", index: int = 0, frames: int = CALL["num_frames"]) -> Sample:
+        """The sample with a number, the same on every machine.
+
+        Args:
+            split: "train" or "test" (held out).
+            index: any whole number from 0; there is no last one.
+            frames: length of the clip, 4 k + 1 with k from 1.
+
+        Raises:
+            InputError: an unknown split, a negative index, or a length that the VAE cannot hold.
+        """
+        if split not in ("train", "test"):
+            raise InputError(f"unknown split {split!r}; there are 'train' and 'test'")
+        if index < 0:
+            raise InputError(f"sample index {index} is negative; write an index from 0")
+        if frames % 4 != 1 or frames < 5:
+            raise InputError(f"a clip cannot have {frames} frames; write 5, 9, 13 or 17")
+        random = np.random.default_rng(
+            [int.from_bytes(hashlib.sha256(f"{self.name}/{split}".encode()).digest()[:4], "big"), index]
+        )
+        while True:
+            puzzle = self.generate(random)
+            if self.split(puzzle) == split:
+                break
+        answers = self.solve(puzzle)
+        shown = int(random.integers(len(answers)))
+        prompt = self.wordings[random.integers(len(self.wordings))].format(**self.words(puzzle))
+        return Sample(self, split, index, puzzle, prompt, shown, frames, answers)
+
+    def score(self, video: Float[np.ndarray, "frames 64 64 3"], sample: Sample) -> Score:
+        """What one video in [0, 1] did, and whether it is right."""
+        return self.scores(np.asarray(video)[None], [sample])[0]
+
+    def scores(self, videos: Float[np.ndarray, "batch frames 64 64 3"], samples: Sequence[Sample]) -> list[Score]:
+        """What each video of a batch did; `samples` has one sample per video."""
+        boards = board.read(np.asarray(videos))
+        return [self.judge(b, s) for b, s in zip(boards, samples, strict=True)]
+
+    def evidence(
+        self, videos: Float[np.ndarray, "batch frames 64 64 3"], samples: Sequence[Sample]
+    ) -> list[Float[np.ndarray, " answers"]]:
+        """How near the last frame has come to each legal answer, from 0 (no nearer than the first frame) to 1 (all the way).
+
+        For each answer, only the squares count whose final colour no other legal answer shares: there, one minus the
+        distance (RGB) of the square's colour to the answer's, over the distance from which it started, clipped to [0, 1],
+        and averaged. An even blend of a square's first and final colours counts one half.
+        """
+        last = board.square_colours(np.asarray(videos)[:, -1])
+        return [self._evidence(frame, sample) for frame, sample in zip(last, samples, strict=True)]
+
+    def _evidence(self, frame: Float[np.ndarray, "16 16 3"], sample: Sample) -> Float[np.ndarray, " answers"]:
+        finals = np.stack([self.draw(sample.puzzle, a, 5)[-1] for a in sample.answers])
+        palette = board.PALETTE.astype(np.float64) / 255
+        start = palette[sample.boards[0]]
+        found = np.zeros(len(finals))
+        for i, final in enumerate(finals):
+            own = final != sample.boards[0]
+            for j, other in enumerate(finals):
+                if i != j:
+                    own &= final != other
+            # An answer whose squares all belong to others too (a crossing of routes) is read on everything it paints.
+            own = own if own.any() else final != sample.boards[0]
+            if not own.any():
+                continue
+            target = palette[final[own]]
+            left = np.linalg.norm(frame[own] - target, axis=-1) / np.linalg.norm(start[own] - target, axis=-1)
+            found[i] = (1 - left).clip(0, 1).mean()
+        return found
+
+
+def progress(frames: int) -> Float[np.ndarray, " frames"]:
+    """Time from 0 in the first frame to 1 in the last."""
+    return np.linspace(0, 1, frames)
+
+
+def reveal(
+    start: UInt8[np.ndarray, "16 16"], strokes: Sequence[Sequence[tuple[int, int, int]]], frames: int
+) -> UInt8[np.ndarray, "frames 16 16"]:
+    """A video in which strokes are drawn at the same time, square by square, from the second frame to the last.
+
+    Each stroke is a sequence of (row, column, colour).
+    """
+    video = np.repeat(start[None], frames, axis=0)
+    for frame, time in itertools.islice(enumerate(progress(frames)), 1, None):
+        for stroke in strokes:
+            for row, column, colour in stroke[: int(np.ceil(time * len(stroke) - 1e-9))]:
+                video[frame, row, column] = colour
+    return video
+
+
+def kept(
+    boards: UInt8[np.ndarray, "16 16"],
+    expected: UInt8[np.ndarray, "16 16"],
+    where: Bool[np.ndarray, "16 16"],
+    tolerance: float = 0.02,
+) -> bool:
+    """Whether a board shows what it should on a mask, but for a share `tolerance` of its squares.
+
+    The tolerance is for a decoder's slips, which fall anywhere; a task's own squares are read without it.
+    """
+    wrong = (boards != expected) & where
+    return bool(wrong.sum() <= tolerance * where.sum())

@@ -1,0 +1,197 @@
+"""One run: what a pipeline call did, from the noise to the video, and what was recorded on the way.
+
+A diffusion run is a trajectory. At each step the scheduler receives the noisy latents and the denoiser's guided output;
+from both follows x0-hat, the clean video that the model would bet on if it had to stop here. A `Run` holds the whole
+trajectory on the CPU, so that any of it can be looked at after the model is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dit_lens.architectures import Layout
+from dit_lens.errors import InputError, listed
+from dit_lens.noise import weighted
+from dit_lens.record import Activations, Entry
+from dit_lens.selection import Cell
+
+FORMAT = 1
+"""Version of the folder that `Run.save` writes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One call of the pipeline with its trajectory. All tensors are on the CPU.
+
+    Attributes:
+        seeds, prompts: one for each row of the batch, prompt-major.
+        layout: the (frames, height, width) order of the visual tokens.
+        scheduler: class name of the scheduler.
+        timesteps, sigmas, experts: one entry per step; a step is one `scheduler.step` call.
+        branches: the guidance branches that ran; `guided` is what the scheduler received.
+        latents: what the scheduler received at each step, then what it made last.
+        outputs: the denoiser's output by branch, and `guided`; step for step.
+        weights: (a, b) of x0-hat = a * latents + b * output for each step, or None where there is no x0-hat.
+        video: values in [0, 1] (its frames and pixels are not those of the latents), or None when it was not decoded.
+        activations: what was recorded.
+    """
+
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...]
+    layout: Layout
+    scheduler: str
+    timesteps: tuple[float, ...]
+    sigmas: Float[Tensor, " steps"]
+    experts: tuple[str, ...]
+    branches: tuple[str, ...]
+    latents: Float[Tensor, "steps+1 batch channels frames height width"]
+    outputs: Mapping[str, Float[Tensor, "steps batch channels frames height width"]] = field(repr=False)
+    weights: tuple[tuple[float, float] | None, ...] = field(repr=False)
+    video: Float[Tensor, "batch video_frames video_height video_width 3"] | None = None
+    activations: Activations = field(default_factory=Activations)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows: prompts times seeds."""
+        return self.latents.shape[1]
+
+    @property
+    def steps(self) -> int:
+        """Number of `scheduler.step` calls."""
+        return len(self.timesteps)
+
+    def velocity(self, step: int, branch: str = "guided") -> Float[Tensor, "batch channels frames height width"]:
+        """The denoiser's output at a step, of one branch or guided, as it came.
+
+        In flow matching that is the velocity noise - x0; with other schedulers it is what they call their prediction.
+        """
+        if branch not in self.outputs:
+            raise InputError(f"this run has no branch {branch!r}; write one of {listed(self.outputs)}")
+        return self.outputs[branch][self._step(step)]
+
+    def x0_hat(self, step: int, branch: str = "guided") -> Float[Tensor, "batch channels frames height width"]:
+        """The clean latents that the denoiser's output at a step implies, in float32.
+
+        Args:
+            step: index of the step, negative from the end.
+            branch: guided (what the scheduler received), cond, uncond or another of `branches`.
+
+        Raises:
+            InputError: there is no such step or branch, or the output implies no clean sample there.
+        """
+        output = self.velocity(step, branch)
+        weights = self.weights[self._step(step)]
+        if weights is None:
+            raise InputError(f"there is no x0-hat at step {step}: the sample is pure noise, the output epsilon")
+        return weighted(weights, self.latents[self._step(step)], output)
+
+    def activation(
+        self,
+        block: int | None = None,
+        step: int | None = None,
+        branch: str = "cond",
+        site: str = "resid",
+        expert: str | None = None,
+        stream: str = "visual",
+        record: int | None = None,
+    ) -> Tensor:
+        """One recorded activation, in the shape that its reducer gave it.
+
+        Args:
+            block, step, branch, site, expert, stream: the cell; what is left out must be unambiguous.
+            record: place of the record in `record=`, where several recorded the cell.
+
+        Raises:
+            InputError: nothing, or more than one activation, was recorded there.
+        """
+        return self.activations.one(record, block=block, step=step, branch=branch, site=site, expert=expert, stream=stream)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the run as `run.safetensors` and `run.json`; a run that is there already is replaced.
+
+        Raises:
+            InputError: the folder cannot be written to; nothing half-written is left.
+        """
+        target = Path(folder)
+        tensors = {"latents": self.latents, "sigmas": self.sigmas}
+        tensors |= {f"outputs.{branch}": output for branch, output in self.outputs.items()}
+        tensors |= {f"activations.{index}": entry.tensor for index, entry in enumerate(self.activations)}
+        if self.video is not None:
+            tensors["video"] = self.video
+        labels = {name: getattr(self, name) for name in _LABELS} | {
+            "format": FORMAT,
+            "layout": asdict(self.layout),
+            "activations": [
+                {"cell": asdict(entry.cell), "record": entry.record, "reduce": entry.reduce} for entry in self.activations
+            ],
+        }
+        partial = [target / "run.safetensors.partial", target / "run.json.partial"]
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial[0])
+            partial[1].write_text(json.dumps(labels, indent=1), encoding="utf-8")
+            for path in partial:
+                path.replace(path.with_suffix(""))
+        except (OSError, SafetensorError) as error:
+            for path in partial:
+                with suppress(OSError):
+                    path.unlink()
+            raise InputError(f"cannot write the run to {target}: {error}") from error
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Run:
+        """Read a run that `save` wrote.
+
+        Raises:
+            InputError: the folder holds no run, or a damaged one.
+        """
+        source = Path(folder)
+        try:
+            labels = json.loads((source / "run.json").read_text(encoding="utf-8"))
+            tensors = load_file(source / "run.safetensors")
+        except FileNotFoundError as error:
+            missing = Path(error.filename or "run.safetensors").name
+            raise InputError(f"{source} holds no run: there is no {missing}") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"the run in {source} cannot be read: {error}") from error
+        if labels.get("format") != FORMAT:
+            raise InputError(f"the run in {source} has format {labels.get('format')}, and this version reads {FORMAT}")
+        entries = [
+            Entry(Cell(**label["cell"]), label["record"], label["reduce"], tensors[f"activations.{index}"])
+            for index, label in enumerate(labels["activations"])
+        ]
+        outputs = {name: tensors[f"outputs.{name}"] for name in ("guided", *labels["branches"])}
+        weights = tuple(None if pair is None else tuple(pair) for pair in labels["weights"])
+        return Run(
+            **{name: _tuple(labels[name]) for name in _LABELS if name != "weights"},
+            weights=weights,
+            layout=Layout(**labels["layout"]),
+            sigmas=tensors["sigmas"],
+            latents=tensors["latents"],
+            outputs=outputs,
+            video=tensors.get("video"),
+            activations=Activations(entries),
+        )
+
+    def _step(self, step: int) -> int:
+        if not -self.steps <= step < self.steps:
+            raise InputError(f"step {step} is out of range: there are {self.steps} steps, write 0 to {self.steps - 1}")
+        return step % self.steps
+
+
+_LABELS = ("seeds", "prompts", "scheduler", "timesteps", "experts", "branches", "weights")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,187 @@
+"""Which call is which.
+
+A pipeline runs its denoiser once per step and guidance branch, at a noise level that falls from step to step. A
+`Forecast` says before a run what its steps will be. The `StepClock` says during the run where it is: which expert,
+which step, which branch. A step is one call of `scheduler.step`; the clock wraps that method on the scheduler instance,
+the denoisers with torch hooks, and their `cache_context`, in which pipelines name the branch. It also keeps the
+trajectory, as `scheduler.step` is the one place where latents, the guided output and the timestep meet.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_lens.architectures import Architecture, Layout
+from dit_lens.errors import listed
+from dit_lens.noise import noise_state, x0_weights
+from dit_lens.taps import replaced_attribute, to_host
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will do, known before it starts: timestep, sigma and expert of every step, and the branches."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    experts: tuple[str, ...]
+    branches: tuple[str, ...]
+
+
+def forecast(pipe: Any, architecture: Architecture, num_inference_steps: int, guidance_scale: float) -> Forecast:
+    """The schedule that a pipeline call with these arguments will follow; the pipeline's scheduler is left alone."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = tuple(float(timestep) for timestep in scheduler.timesteps)
+    states = [noise_state(scheduler, timestep, index) for index, timestep in enumerate(timesteps)]
+    return Forecast(
+        timesteps=timesteps,
+        sigmas=tuple(state.sigma for state in states),
+        experts=tuple(architecture.expert_at(pipe, timestep) for timestep in timesteps),
+        branches=architecture.branches_at(guidance_scale),
+    )
+
+
+class StepClock:
+    """Says where a run is while it is under way, and keeps its trajectory.
+
+    Use it as a context manager around one pipeline call; everything that it attaches is gone afterwards.
+
+    While the denoiser runs: `step`, `expert`, `branch`, `timestep`, `sigma`, and from the first call on `layout`,
+    `batch` and `dtype` (of what the denoiser takes). After the run, one entry per step: `timesteps`, `sigmas`,
+    `experts`, `weights` (of x0-hat), `samples` (what the scheduler received, then its last result) and
+    `outputs[step, branch]`, with the branch `guided` for what the scheduler received; tensors of shape (batch,
+    channels, frames, height, width) on the CPU.
+    """
+
+    def __init__(self, pipe: Any, architecture: Architecture, begin: Callable[[StepClock], None] | None = None) -> None:
+        self.pipe = pipe
+        self._architecture = architecture
+        self._begin = begin
+        self._calls = 0
+        self._context: str | None = None
+        self._last: Tensor | None = None
+        self._attached = ExitStack()
+        self.step = 0
+        self.expert = ""
+        self.branch = ""
+        self.timestep = math.nan
+        self.sigma = math.nan
+        self.layout: Layout | None = None
+        self.batch = 0
+        self.dtype = torch.float32
+        self.branches: list[str] = []
+        self.timesteps: list[float] = []
+        self.sigmas: list[float] = []
+        self.experts: list[str] = []
+        self.weights: list[tuple[float, float] | None] = []
+        self.samples: list[Tensor] = []
+        self.outputs: dict[tuple[int, str], Tensor] = {}
+
+    def __enter__(self) -> StepClock:
+        with ExitStack() as attached:
+            for expert, denoiser in self._architecture.denoisers(self.pipe).items():
+                before = functools.partial(self._before_call, expert)
+                attached.callback(denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
+                attached.callback(denoiser.register_forward_hook(self._after_call).remove)
+                context: Any = getattr(denoiser, "cache_context", None)
+                if context is not None:
+                    named = self._naming(context)
+                    attached.enter_context(replaced_attribute(denoiser, "cache_context", named))
+            scheduler = self.pipe.scheduler
+            stepping = self._stepping(scheduler, scheduler.step)
+            attached.enter_context(replaced_attribute(scheduler, "step", stepping))
+            self._attached = attached.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._attached.close()
+        if self._last is not None:
+            self.samples.append(to_host(self._last))
+            self._last = None
+
+    def _before_call(self, expert: str, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.expert = expert
+        self.branch = self._branch()
+        self._calls += 1
+        if self.branch not in self.branches:
+            self.branches.append(self.branch)
+        self.timestep = self._timestep()
+        self.sigma = noise_state(self.pipe.scheduler, self.timestep).sigma
+        if self.layout is None:
+            call = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
+            latents: Tensor = call["hidden_states"]
+            self.layout = self._architecture.layout(denoiser, latents.shape)
+            self.batch = latents.shape[0]
+            self.dtype = latents.dtype
+            if self._begin is not None:
+                self._begin(self)
+
+    def _branch(self) -> str:
+        """The name that the pipeline gave the call; where it gives none, the place of the call in its step."""
+        if self._context is not None:
+            return self._context
+        if self._calls >= len(self._architecture.branches):
+            raise RuntimeError(
+                f"step {self.step} calls the denoiser more often than {self._architecture.name} has branches:"
+                f" {listed(self._architecture.branches)}"
+            )
+        return self._architecture.branches[self._calls]
+
+    def _timestep(self) -> float:
+        """The timestep of the step under way; what the denoiser receives may be spread over samples or tokens."""
+        current = getattr(self.pipe, "_current_timestep", None)
+        return float(self.pipe.scheduler.timesteps[self.step] if current is None else current)
+
+    def _after_call(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.outputs[self.step, self.branch] = to_host(output[0] if isinstance(output, tuple) else output.sample)
+
+    def _naming(self, cache_context: Callable[..., Any]) -> Callable[..., Any]:
+        """The denoiser's `cache_context`, remembering the name that it was entered with."""
+
+        @contextmanager
+        @functools.wraps(cache_context)
+        def named(name: str, **kwargs: Any):
+            self._context = name
+            try:
+                with cache_context(name, **kwargs):
+                    yield
+            finally:
+                self._context = None
+
+        return named
+
+    def _stepping(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The scheduler's `step`, keeping what goes through it; pipelines inspect its signature, so it stays."""
+        signature = inspect.signature(step)
+
+        @functools.wraps(step)
+        def stepping(*args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(*args, **kwargs).arguments
+            if float(call["timestep"]) != self.timestep:
+                raise RuntimeError(
+                    f"the scheduler was stepped at timestep {float(call['timestep'])}, but the denoiser was called at"
+                    f" {self.timestep}: activations of step {self.step} cannot be labelled"
+                )
+            self.timesteps.append(self.timestep)
+            self.sigmas.append(self.sigma)
+            self.experts.append(self.expert)
+            self.weights.append(x0_weights(noise_state(scheduler, self.timestep)))
+            self.samples.append(to_host(call["sample"]))
+            self.outputs[self.step, "guided"] = to_host(call["model_output"])
+            result = step(*args, **kwargs)
+            self._last = result[0] if isinstance(result, tuple) else result.prev_sample
+            self.step += 1
+            self._calls = 0
+            return result
+
+        return stepping

@@ -1,0 +1,147 @@
+"""Intervals for measurements that come in clusters.
+
+Eight seeds of one maze are not eight mazes: they share walls, start and goal, so their results rise and fall together.
+Whoever resamples the runs one by one pretends to know more than was measured. Everything here therefore resamples
+*clusters* (the samples of a task, the mazes of a probe) with replacement and keeps all measurements of a cluster together.
+Drawing n clusters out of n with replacement is the same as giving each cluster a multinomial count, so one bootstrap is one
+matrix of counts, and a mean or an area under the ROC curve is a ratio of two forms in it.
+
+The intervals are percentile intervals. With fewer than about ten clusters they come out too narrow; the number of clusters
+therefore stands beside every interval.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+from scipy.stats import binomtest
+
+from dit_lens.errors import InputError
+
+LEVEL = 0.95
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its interval (nan where one cluster or none leaves nothing to resample), the number of
+    clusters and the number of single measurements behind it."""
+
+    estimate: float
+    low: float
+    high: float
+    clusters: int
+    measurements: int
+
+
+def mean_interval(
+    values: ArrayLike, clusters: ArrayLike, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Mean over all measurements, with an interval over clusters.
+
+    ``values`` and ``clusters`` have one entry per measurement; clusters are any labels. Booleans are shares: where all of
+    them agree, resampling finds no spread although a share of exactly 0 or 1 is never certain, and the interval is the
+    exact binomial one, with one trial per cluster.
+    """
+    share, labels = np.asarray(values).dtype == bool, np.asarray(clusters)
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or values.shape != labels.shape:
+        raise InputError(f"mean_interval needs one cluster label per value, got shapes {values.shape} and {labels.shape}")
+    if np.isnan(values).any():
+        raise InputError("mean_interval got nan among its values: drop the measurements that are undefined first")
+    names, member = np.unique(labels, return_inverse=True)
+    if len(names) == 0:
+        return Interval(np.nan, np.nan, np.nan, 0, 0)
+    estimate = float(values.mean())
+    if len(names) == 1:
+        return Interval(estimate, np.nan, np.nan, 1, len(values))
+    if share and estimate in (0, 1):
+        exact = binomtest(int(estimate) * len(names), len(names)).proportion_ci(level, method="exact")
+        return Interval(estimate, float(exact.low), float(exact.high), len(names), len(values))
+    sums, sizes = np.bincount(member, values), np.bincount(member)
+    counts = _resampled_counts(len(names), resamples, seed)
+    low, high = _ends((counts @ sums) / (counts @ sizes), level)
+    return Interval(estimate, low, high, len(names), len(values))
+
+
+def auc_interval(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    clusters: ArrayLike,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Area under the ROC curve of ``scores`` for the boolean ``labels``, with an interval over clusters.
+
+    The area is the share of (positive, negative) pairs that the scores put in the right order, ties counting half. Those
+    pairs are counted once, by the clusters that they come from; a resample then only weighs the counts.
+    (``sklearn.metrics.roc_auc_score`` gives the same number and is the oracle in the tests; one call of it per resample and
+    cell of a heat map would take minutes.) All nan where one of the two classes is missing.
+    """
+    scores, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    names, member = np.unique(np.asarray(clusters), return_inverse=True)
+    positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
+    if len(positive) == 0 or len(negative) == 0:
+        return Interval(np.nan, np.nan, np.nan, len(names), len(scores))
+    ordered = np.sort(scores[negative])
+    # How many negatives of each cluster lie below (or at) each positive: cumulative counts in score order.
+    in_order = np.zeros((len(negative) + 1, len(names)))
+    in_order[np.arange(1, len(negative) + 1), member[negative][np.argsort(scores[negative], kind="stable")]] = 1
+    below = in_order.cumsum(axis=0)
+    wins = (
+        below[np.searchsorted(ordered, scores[positive], "left")] + below[np.searchsorted(ordered, scores[positive], "right")]
+    ) / 2
+    pairs_won = np.zeros((len(names), len(names)))
+    np.add.at(pairs_won, member[positive], wins)
+    positives = np.bincount(member[positive], minlength=len(names))
+    negatives = np.bincount(member[negative], minlength=len(names))
+    estimate = float(pairs_won.sum() / (len(positive) * len(negative)))
+    if len(names) == 1:
+        return Interval(estimate, np.nan, np.nan, 1, len(scores))
+    counts = _resampled_counts(len(names), resamples, seed)
+    won = ((counts @ pairs_won) * counts).sum(axis=1)
+    pairs = (counts @ positives) * (counts @ negatives)
+    low, high = _ends(won[pairs > 0] / pairs[pairs > 0], level)
+    return Interval(estimate, low, high, len(names), len(scores))
+
+
+def summarise(table: pd.DataFrame, value: str, by: Sequence[str], cluster: str = "sample", level: float = LEVEL) -> pd.DataFrame:
+    """Mean of the column ``value`` in every group of ``by``, with an interval over ``cluster``.
+
+    One row per group, in order of appearance: the columns of ``by``, then ``mean``, ``low``, ``high``, ``clusters`` and
+    ``measurements``. Rows where the value is nan (undefined) are left out; a group of only such rows vanishes.
+    """
+    missing = [name for name in (value, cluster, *by) if name not in table]
+    if missing:
+        raise InputError(f"summarise: the table has no column {missing}; it has {list(table.columns)}")
+    rows = []
+    kept = table.dropna(subset=[value])
+    for key, group in kept.groupby(list(by), sort=False, observed=True, dropna=False):
+        found = asdict(mean_interval(group[value], group[cluster], level=level))
+        rows.append({**dict(zip(by, key, strict=True)), "mean": found.pop("estimate"), **found})
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "clusters", "measurements"])
+
+
+def in_words(summary: pd.DataFrame, digits: int = 2) -> str:
+    """The first row of a `summarise` table as text, "0.91 [0.85, 0.96]"; a dash where the table is empty."""
+    if summary.empty:
+        return "-"
+    row = summary.iloc[0]
+    if np.isnan(row["low"]):
+        return f"{row['mean']:.{digits}f}"
+    return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def _resampled_counts(clusters: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples clusters"]:
+    """How often each cluster is drawn in each resample."""
+    return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+
+
+def _ends(resampled: Float[np.ndarray, " resamples"], level: float) -> tuple[float, float]:
+    """The percentile interval of what was resampled."""
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

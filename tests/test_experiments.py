@@ -1,0 +1,202 @@
+"""The experiments, on models whose mechanism was planted by hand, and end to end on a tiny pipeline."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_pipeline
+
+import dit_lens as dl
+from dit_lens import reasoner
+from dit_lens.architectures import Layout
+from dit_lens.errors import InputError
+from dit_lens.experiment import Context, run_experiment
+from dit_lens.reasoner import board
+from dit_lens.record import Activations, Entry
+from dit_lens.report import write_report
+from experiments import probe_map, step_lens, token_energy
+
+SIGMAS = (1.0, 0.8, 0.4)
+FORECAST = SimpleNamespace(sigmas=SIGMAS, timesteps=(1000.0, 800.0, 400.0), experts=("transformer",) * 3)
+
+
+@dataclass
+class Planted:
+    """As much of a lens as an experiment uses, over a model that does what the test says.
+
+    ``videos`` gives the decoded x0-hat of a (sample, seed, step); ``stream`` what is recorded of a (sample, cell). The
+    video of the last step is the final one.
+    """
+
+    videos: Callable[[Any, int, int], np.ndarray]
+    stream: Callable[[Any, dl.Cell], np.ndarray] | None = None
+    blocks: int = 2
+    pipe: Any = None
+
+    def forecast(self, **_: Any) -> Any:
+        return FORECAST
+
+    def run(self, samples: list[Any], seed: Any, record: Any = None, decode: bool = True) -> Any:
+        seeds = [seed] if isinstance(seed, int) else seed
+        rows = [(sample, s) for sample in samples for s in seeds]
+        clips = [torch.stack([torch.from_numpy(self.videos(x, s, step)).float() for x, s in rows]) for step in range(3)]
+        entries = []
+        for step, block in np.ndindex(3, self.blocks) if self.stream else ():
+            cell = dl.Cell("transformer", step, "cond", block, sigma=SIGMAS[step], timestep=1000 * SIGMAS[step], depth=block / 2)
+            tensor = torch.from_numpy(np.stack([self.stream(sample, cell) for sample in samples]))  # pyright: ignore
+            entries.append(Entry(cell, 0, "planted", tensor))
+        return SimpleNamespace(
+            seeds=tuple(s for _, s in rows), video=clips[-1], layout=Layout(5, 8, 8),
+            activations=Activations(entries), x0_hat=lambda step, branch: clips[step],
+        )  # fmt: skip
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+def context(lens: Any, settings: Any, folder: Path) -> Context:
+    made = Context(lens, settings, folder, "planted", "planted", {})
+    made.inputs = lambda samples: {"samples": list(samples)}  # a planted lens is handed the samples themselves
+    return made
+
+
+def answer(sample: Any, which: int) -> np.ndarray:
+    """The video in which a legal answer is carried out, in [0, 1]."""
+    boards = sample.task.draw(sample.puzzle, sample.answers[which], sample.frames)
+    return board.paint(boards).astype(np.float32) / 255
+
+
+def blurred_then_decided(sample: Any, seed: int, step: int) -> np.ndarray:
+    """The mean of all answers at the first step, then the answer that belongs to the seed."""
+    if step == 0:
+        return np.mean([answer(sample, which) for which in range(len(sample.answers))], axis=0)
+    return answer(sample, seed % len(sample.answers))
+
+
+def test_step_lens_reads_a_planted_decision(tmp_path: Path) -> None:
+    settings = step_lens.Settings(tasks=("maze", "maze-loops"), samples=3, seeds=2, batch=6, places=(0, 0.5, 1))
+    made = context(Planted(blurred_then_decided), settings, tmp_path)
+    results = step_lens.run(made)
+    assert len(results) == 2 * 3 * 2 * 3
+    loops, mazes = (results[results["task"] == name] for name in ("maze-loops", "maze"))
+    first, last = loops[loops["step"] == 0], loops[loops["step"] == 2]
+    assert (first["entropy"] > 0.8).all()  # two or three level answers
+    assert (first["alive"] == first["answers"]).all()
+    assert first["cosine_seeds"].to_numpy() == pytest.approx(1)  # a blur is the same for every seed
+    assert last["entropy"].to_numpy() == pytest.approx(0)
+    assert (last["alive"] == 1).all()
+    assert last["right"].all()
+    assert last["cosine_final"].to_numpy() == pytest.approx(1)
+    assert (last["cosine_other_seed"] < 0.999).all()
+    # One legal route: decided from the start, and nothing to be undecided about.
+    assert mazes["right"].all()
+    assert mazes["entropy"].isna().all()
+    assert mazes["cosine_other_seed"].to_numpy() == pytest.approx(1)
+    assert (mazes["cosine_other_sample"] < 0.999).all()
+    assert results["sigma"].drop_duplicates().tolist() == list(SIGMAS)
+    assert {"right-guided.png", "entropy-guided.png", "watch.png", "maze-0.png", "maze-loops-0.png"} <= set(made.files)
+
+
+def test_step_lens_needs_something_to_compare(tmp_path: Path) -> None:
+    for change in ({"seeds": 1}, {"batch": 2}):
+        with pytest.raises(InputError, match="compares seeds and samples"):
+            step_lens.run(context(None, replace(step_lens.Settings(), **change), tmp_path))
+
+
+def planted_energy(sample: Any, cell: dl.Cell) -> np.ndarray:
+    """Equal energy after block 0; three times as much on tokens that are all wall after block 1."""
+    walls = board.tokens(sample.masks["wall"])
+    return np.broadcast_to(1 + 2.0 * cell.block * walls, (5, 8, 8)).astype(np.float32)
+
+
+def test_token_energy_finds_a_planted_preference(tmp_path: Path) -> None:
+    lens = Planted(lambda sample, seed, step: sample.video(), planted_energy)
+    settings = token_energy.Settings(tasks=("maze",), samples=4, places=(0, 0.5, 1))
+    samples = [reasoner.task("maze").sample("test", i) for i in range(4)]
+    part = token_energy.measure(context(lens, settings, tmp_path), lens, token_energy.TRAINED, samples)
+    means = part.table.groupby(["model", "block", "region"])["preference"].mean().unstack("region")
+    trained: Any = means.loc[token_energy.TRAINED]
+    shuffled: Any = means.loc[token_energy.SHUFFLED]
+    assert trained.loc[0].to_numpy() == pytest.approx(1, abs=1e-5)
+    assert trained.loc[1, "wall"] > 1.2
+    assert trained.loc[1, "background"] < 0.9
+    assert shuffled.loc[1, "wall"] == pytest.approx(1, abs=0.1)
+    assert part.arrays["energy"].shape == (2, 5, 8, 8)
+    shares = part.table.groupby(["model", "sample", "step", "block"])["share"].sum()
+    assert shares.to_numpy() == pytest.approx(1, abs=1e-5)  # the regions tile the board
+
+
+def planted_stream(sample: Any, cell: dl.Cell) -> np.ndarray:
+    """Noise, with the walls in one channel everywhere and the route that the video shows in another after block 1."""
+    random = np.random.default_rng([sample.index, cell.block, cell.step])
+    stream = random.normal(size=(1, 8, 8, 6)).astype(np.float16)
+    stream[0, ..., 0] = board.tokens(sample.masks["wall"])
+    if cell.block == 1:
+        stream[0, ..., 1] = sample.puzzle.route_tokens[sample.shown]
+    return stream
+
+
+def test_probe_map_finds_planted_targets(tmp_path: Path) -> None:
+    lens = Planted(lambda sample, seed, step: sample.video(), planted_stream)
+    made = context(lens, probe_map.Settings(mazes=24, batch=8, places=(0, 1)), tmp_path)
+    results = probe_map.run(made)
+    probed: Any = results[results["reader"] == probe_map.PROBE].pivot_table("auc", ["block", "step"], "target")
+    assert (probed["wall"] > 0.99).all()
+    for target in ("route", "which", "output"):
+        assert (probed.loc[1, target] > 0.99).all()
+        assert (probed.loc[0, target] < 0.75).all()
+    assert (probed["control"] < 0.75).all()
+    last = results[(results["block"] == 1) & (results["target"] == "route")]
+    assert (last["selectivity"] > 0.25).all()
+    baselines = results[results["reader"] != probe_map.PROBE]
+    assert len(baselines) == 2 * 5
+    assert not list(made.parts.glob("activations*"))
+    assert {"map.png", "depth.png"} <= set(made.files)
+    # What is stored is enough to draw everything again.
+    again = context(None, made.settings, tmp_path)
+    again.lens = SimpleNamespace(forecast=lens.forecast)
+    pd.testing.assert_frame_equal(probe_map.run(again), results)
+
+
+def test_probe_map_says_where_a_model_never_decides(tmp_path: Path) -> None:
+    lens = Planted(lambda sample, seed, step: np.zeros((17, 64, 64, 3), dtype=np.float32), planted_stream)
+    results = probe_map.run(context(lens, probe_map.Settings(mazes=4, places=(0,)), tmp_path))
+    assert results.loc[results["target"] == "which", "auc"].isna().all()
+
+
+def test_probe_map_refuses_another_layout(tmp_path: Path) -> None:
+    lens = Planted(lambda sample, seed, step: sample.video(), planted_stream)
+    run = lens.run
+    lens.run = lambda *a, **k: SimpleNamespace(**{**vars(run(*a, **k)), "layout": Layout(5, 4, 8)})  # pyright: ignore
+    with pytest.raises(InputError, match="8 x 8 tokens, and this run has 4 x 8"):
+        probe_map.run(context(lens, probe_map.Settings(mazes=4, places=(0,)), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (step_lens, step_lens.Settings(tasks=("tictactoe",), samples=2, seeds=2, batch=4, places=(0, 1))),
+        (token_energy, token_energy.Settings(tasks=("maze",), samples=2, places=(0, 1))),
+        (probe_map, probe_map.Settings(mazes=4, places=(0, 1))),
+    ],
+)
+def test_runs_end_to_end_on_a_tiny_pipeline(module: Any, settings: Any, tmp_path: Path) -> None:
+    lens, arguments = dl.wrap(tiny_pipeline()), {"num_inference_steps": 3}
+    manifest = run_experiment(module.EXPERIMENT, lens, tmp_path, preset="quick", settings=settings, arguments=arguments)
+    results = pd.read_parquet(tmp_path / module.EXPERIMENT.name / "results.parquet")
+    assert {"step", "sigma", "timestep", "expert", "branch"} <= set(results.columns)
+    assert [row["step"] for row in manifest["steps_measured"]] == [0, 2]
+    assert module.EXPERIMENT.title in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("module", [step_lens, token_energy, probe_map])
+def test_presets_are_settings_of_one_kind(module: Any) -> None:
+    presets = module.EXPERIMENT.presets
+    assert set(presets) == {"quick", "full"}
+    assert {type(preset) for preset in presets.values()} == {module.Settings}

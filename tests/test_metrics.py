@@ -1,0 +1,92 @@
+"""Metrics: known answers, and what must hold of any input."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dit_lens import metrics
+
+
+def test_motion_map_is_the_mean_change_of_a_square() -> None:
+    video = torch.zeros(1, 3, 64, 64, 3)
+    video[0, 1, :4, 4:8] = 0.5  # one square, in one of two later frames
+    found = metrics.motion_map(video)
+    assert found.shape == (1, 16, 16)
+    assert found[0, 0, 1] == pytest.approx(0.25)
+    assert found.sum() == pytest.approx(0.25)
+
+
+def test_motion_map_reads_other_sizes_on_the_same_board() -> None:
+    small = torch.rand(2, 3, 64, 64, 3)
+    large = small.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
+    torch.testing.assert_close(metrics.motion_map(large), metrics.motion_map(small))
+
+
+def test_a_still_video_moves_nowhere() -> None:
+    assert not metrics.motion_map(torch.rand(1, 1, 64, 64, 3).expand(1, 5, 64, 64, 3)).any()
+
+
+def test_map_cosine_is_one_for_scaled_maps_and_zero_for_disjoint_or_empty_ones() -> None:
+    one, other = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
+    one[0, 0], other[0, 1] = 2.0, 1.0
+    assert metrics.map_cosine(one, 3 * one) == pytest.approx(1)
+    assert metrics.map_cosine(one, other) == 0
+    assert metrics.map_cosine(one, torch.zeros(1, 4, 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("evidence", "bits"), [([1.0, 0.0], 0.0), ([0.5, 0.5], 1.0), ([0.3, 0.3, 0.3, 0.3], 2.0), ([0.2, 0.6], 0.8112781)]
+)
+def test_answer_entropy_in_bits(evidence: list[float], bits: float) -> None:
+    assert metrics.answer_entropy(np.array(evidence)) == pytest.approx(bits)
+
+
+def test_entropy_is_undefined_for_one_answer_and_where_nothing_is_drawn() -> None:
+    assert np.isnan(metrics.answer_entropy(np.array([1.0])))
+    assert np.isnan(metrics.answer_entropy(np.array([0.04, 0.05])))
+
+
+@given(arrays(float, st.integers(2, 6), elements=st.floats(0.1, 1)))
+def test_entropy_lies_between_zero_and_that_of_equal_answers(evidence: np.ndarray) -> None:
+    bits = metrics.answer_entropy(evidence)
+    assert -1e-9 <= bits <= np.log2(len(evidence)) + 1e-9
+    assert bits == pytest.approx(metrics.answer_entropy(evidence[::-1] / 1.0))
+
+
+def test_answers_alive_counts_from_the_level_on() -> None:
+    assert metrics.answers_alive(np.array([0.25, 0.24, 0.9])) == 2
+    assert metrics.answers_alive(np.array([0.25, 0.24, 0.9]), level=0.5) == 1
+
+
+def test_mask_fractions_of_tokens() -> None:
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[0, 0] = mask[2:4, 2:4] = True
+    found = metrics.mask_fractions(mask, (8, 8))
+    assert (found[0, 0], found[1, 1], found.sum()) == (0.25, 1.0, 1.25)
+    # A layout that divides no board: the area is kept all the same.
+    assert metrics.mask_fractions(mask, (5, 3)).shape == (5, 3)
+
+
+def test_equal_energy_has_the_share_of_the_area() -> None:
+    fractions = np.random.default_rng(0).random((8, 8)).astype(np.float32)
+    share = metrics.region_share(np.ones((2, 5, 8, 8)), fractions)
+    assert share == pytest.approx(np.full(2, fractions.mean()))
+
+
+def test_energy_inside_only_has_share_one() -> None:
+    inside = np.zeros((8, 8))
+    inside[2, 3] = 1
+    energy = np.zeros((5, 8, 8))
+    energy[:, 2, 3] = 7
+    assert metrics.region_share(energy, inside) == pytest.approx(1)
+
+
+def test_resized_keeps_the_mean_and_leaves_the_right_size_alone() -> None:
+    video = torch.rand(2, 3, 32, 48, 3)
+    small = metrics.resized(video, 16, 16)
+    assert small.shape == (2, 3, 16, 16, 3)
+    torch.testing.assert_close(small.mean((2, 3)), video.mean((2, 3)))
+    assert metrics.resized(small, 16, 16) is small
