@@ -98,6 +98,9 @@ class Context:
 
         Places, and not steps, so that one preset serves any schedule.
         """
+        outside = [place for place in self.settings.places if not 0 <= place <= 1]
+        if outside:
+            raise InputError(f"places {outside} lie outside the schedule; write numbers from 0, the first step, to 1, the last")
         count = len(self.lens.forecast(**inputs).timesteps)
         return sorted({round(place * (count - 1)) for place in self.settings.places})
 

@@ -1,4 +1,4 @@
-"""The parts of the reasoner before training: Wan2.2-I2V's own classes, small.
+"""The parts of the reasoner before training, and how the whole is written and read: Wan2.2-I2V's own classes, small.
 
 Sizes are chosen so that all weights fit into 24 MB as bfloat16 and one forward of the denoiser takes under 0.1 s a sample on two
 CPU cores: 5 x 8 x 8 = 320 visual tokens, 14 blocks of dimension 192.
@@ -6,13 +6,18 @@ CPU cores: 5 x 8 x 8 = 320 visual tokens, 14 blocks of dimension 192.
 
 from __future__ import annotations
 
+import json
+import shutil
 import string
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from dit_lens.reasoner import folders
 from dit_lens.reasoner.settings import CALL, SHIFT
 from dit_lens.reasoner.tasks import TASKS
 
@@ -111,3 +116,21 @@ def untrained(seed: int = 0) -> WanImageToVideoPipeline:
             scheduler=scheduler(),
             transformer=transformer(),
         )
+
+
+def open_pipeline(where: Path, dtype: torch.dtype = torch.float32) -> WanImageToVideoPipeline:
+    """A saved pipeline, computing in `dtype` (it is stored in bfloat16)."""
+    return WanImageToVideoPipeline.from_pretrained(where, dtype=dtype, local_files_only=True)
+
+
+def save_pipeline(pipeline: WanImageToVideoPipeline, where: Path, training: dict[str, Any]) -> None:
+    """Write a pipeline in bfloat16, in shards under 16 MB, with its training record, default settings and hashes.
+
+    What else lies in the folder (the model card) stays.
+    """
+    for old in (p for p in where.glob("*") if p.is_dir()):
+        shutil.rmtree(old)
+    pipeline.to(torch.bfloat16).save_pretrained(where, max_shard_size="15MB")
+    (where / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    (where / "call.json").write_text(json.dumps(CALL, indent=1) + "\n")
+    folders.write_hashes(where)

@@ -116,7 +116,7 @@ def run_dit(settings: DiT, team: Team) -> None:
     words = models.tokenizer()
     model = train_dit.Model(models.transformer(), models.text_encoder(len(words)), words).to(team.device)
     if settings.start is not None:
-        pipeline = folders.open_pipeline(settings.start)
+        pipeline = models.open_pipeline(settings.start)
         model.transformer.load_state_dict(pipeline.transformer.state_dict())
         model.text_encoder.load_state_dict(pipeline.text_encoder.state_dict())
     team.together(list(model.state_dict().values()))
@@ -153,7 +153,7 @@ def run_export(settings: Export) -> None:
     pipeline.transformer.load_state_dict(state["transformer"])
     pipeline.text_encoder.load_state_dict(state["text_encoder"])
     records = {part: json.loads((settings.work / f"{part}.json").read_text()) for part in ("vae", "dit")}
-    folders.save_pipeline(pipeline, settings.to, records)
+    models.save_pipeline(pipeline, settings.to, records)
     print(f"wrote {settings.to}: {folders.megabytes(settings.to):.1f} MB")
 
 
