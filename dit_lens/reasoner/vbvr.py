@@ -13,8 +13,9 @@ from typing import Any
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dit_lens.errors import InputError
 from dit_lens.reasoner.board import paint
@@ -35,9 +36,16 @@ class Case:
     path: Path
 
     def video(self) -> UInt8[np.ndarray, "frames height width 3"]:
-        """The true video. It is compressed, so its colours are near those of the pictures, not equal to them."""
-        with av.open(self.path / "ground_truth.mp4") as container:
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        """The true video. It is compressed, so its colours are near those of the pictures, not equal to them.
+
+        Raises:
+            InputError: the file is no video.
+        """
+        try:
+            with av.open(self.path / "ground_truth.mp4") as container:
+                return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        except (FFmpegError, IndexError, ValueError) as error:  # damaged, without a video stream, without a frame
+            raise InputError(f"{self.path / 'ground_truth.mp4'} is no video; write an MP4 there") from error
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -98,10 +106,11 @@ def _read_one(folder: Path) -> Case:
         try:
             with Image.open(folder / name) as picture:
                 pictures.append(picture.convert("RGB"))
-        except UnidentifiedImageError as error:
+        except (OSError, SyntaxError) as error:  # unknown, cut short, or broken inside, in Pillow's own words
             raise InputError(f"{folder / name} is no picture; write a PNG there") from error
     prompt = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
-    return Case(folder.name, prompt, *pictures, folder)
+    first, final = pictures
+    return Case(folder.name, prompt, first, final, folder)
 
 
 def _write_video(path: Path, video: UInt8[np.ndarray, "frames height width 3"]) -> None:

@@ -1,0 +1,126 @@
+"""One way down: a module imports only what lies below it, nnsight stays in one file, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = """
+dit_lens.errors
+dit_lens.files
+dit_lens.reasoner.board dit_lens.reasoner.settings
+dit_lens.reasoner.tasks.base
+dit_lens.reasoner.tasks.bounce dit_lens.reasoner.tasks.circle dit_lens.reasoner.tasks.maze
+    dit_lens.reasoner.tasks.pattern dit_lens.reasoner.tasks.permanence dit_lens.reasoner.tasks.tictactoe
+dit_lens.reasoner.tasks
+dit_lens.reasoner.data dit_lens.reasoner.folders dit_lens.reasoner.team dit_lens.reasoner.vbvr
+dit_lens.reasoner.models
+dit_lens.reasoner.train_dit dit_lens.reasoner.train_vae
+dit_lens.reasoner dit_lens.reasoner.train
+dit_lens.architectures
+dit_lens.taps
+dit_lens.noise
+dit_lens.schedule
+dit_lens.selection
+dit_lens.reducers
+dit_lens.record
+dit_lens.hooks dit_lens.tracing
+dit_lens.run
+dit_lens.batching dit_lens.loading dit_lens.describe
+dit_lens.lens
+dit_lens
+dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
+dit_lens.plots
+probes.linear
+probes.rooms
+probes
+dit_lens.experiment
+dit_lens.report dit_lens.checks
+dit_lens.cli
+experiments
+experiments.figures
+experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
+"""
+"""From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
+
+RANK = {module: rank for rank, layer in enumerate(LAYERS.strip().replace("\n    ", " ").split("\n")) for module in layer.split()}
+OURS = ("dit_lens", "probes", "experiments")
+FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+NEVER = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+"""Modules that unpickle or run what they read."""
+
+
+def module_name(path: Path) -> str:
+    """The name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Everything a file imports, at its top or later: modules by name, and names taken from our packages as modules of them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert node.module is not None
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                yield whole if whole in RANK else node.module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            assert node.args, f"{path}:{node.lineno}"
+            if isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+
+
+def test_every_module_has_its_layer() -> None:
+    names = {module_name(path) for path in FILES}
+    assert names - set(RANK) == set(), "new modules: write them into the layer where they belong"
+    assert {name for name in set(RANK) - names if "." in name} == set(), "modules that are gone"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_module_imports_only_what_lies_below(path: Path) -> None:
+    own = module_name(path)
+    for name in imported(path):
+        if name.split(".")[0] in OURS:
+            assert name in RANK, f"{own} imports {name}, which is no module of ours"
+            assert RANK[name] < RANK[own], f"{own} imports {name}, which lies above it or beside it"
+
+
+def test_the_reasoner_knows_nothing_of_the_lens() -> None:
+    for path in FILES:
+        if module_name(path).startswith("dit_lens.reasoner"):
+            ours = {name for name in imported(path) if name.split(".")[0] in OURS}
+            allowed = {name for name in ours if name.startswith(("dit_lens.reasoner", "dit_lens.errors", "dit_lens.files"))}
+            assert ours == allowed, module_name(path)
+
+
+def test_the_command_line_the_report_and_the_runner_are_not_for_probes() -> None:
+    above = ("dit_lens.cli", "dit_lens.report", "dit_lens.experiment", "experiments")
+    for path in FILES:
+        if module_name(path).startswith("probes"):
+            assert not [name for name in imported(path) if name.startswith(above)], module_name(path)
+
+
+def test_only_tracing_imports_nnsight() -> None:
+    users = {module_name(path) for path in FILES if any(name.split(".")[0] == "nnsight" for name in imported(path))}
+    assert users == {"dit_lens.tracing"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nothing_is_unpickled_and_nothing_remote_is_run(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imported(path)} & NEVER
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("torch.load", "torch.hub", "np.load", "numpy.load", "torch.jit.load"), node.lineno
+            assert node.attr not in ("read_pickle", "to_pickle"), node.lineno
+        elif isinstance(node, ast.keyword):
+            assert node.arg not in ("trust_remote_code", "allow_pickle"), node.value.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), node.lineno
