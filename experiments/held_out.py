@@ -50,6 +50,7 @@ def judged(lens: dl.Lens, samples: Sequence[Any], seeds: Sequence[int], batch: i
     for first in tqdm(range(0, len(samples), together), desc=title, unit="call"):
         group = samples[first : first + together]
         video = lens.run(**reasoner.inputs(group), seed=list(seeds)).video
+        assert video is not None  # it is, unless decode=False
         repeated = [s for s in group for _ in seeds]
         for row, (sample, score) in enumerate(zip(repeated, samples[0].task.scores(video.numpy(), repeated), strict=True)):
             rows.append({"sample": sample.index, "seed": seeds[row % len(seeds)], **asdict(score)})

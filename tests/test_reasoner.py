@@ -56,7 +56,10 @@ def test_a_run_is_bit_identical_to_the_plain_pipeline(lens: dl.Lens, record: tup
 
 
 def test_what_is_committed_about_it_is_about_these_weights(lens: dl.Lens) -> None:
-    held_out = json.loads((reasoner.folder() / "held_out.json").read_text())
+    path = reasoner.folder() / "held_out.json"
+    if not path.is_file():
+        pytest.skip("these weights are not measured yet: python -m experiments.held_out")
+    held_out = json.loads(path.read_text())
     assert held_out["model"] == lens.hash
     assert set(held_out["tasks"]) == set(reasoner.tasks())
     least = {"maze": 0.75, "maze-loops": 0.75}

@@ -172,10 +172,10 @@ def test_the_vae_learns(clips: data.Clips, team: Team) -> None:
             return train_vae.losses(vae, boards, torch.zeros(5, 4, 2, 16, 16), weights)[0].item()
 
     before = loss()
-    curve = train_vae.train(vae, clips, steps=6, batch=5, rate=0.2, seed=0, minutes=1, team=team)
-    assert [point["step"] for point in curve] == [0, 5]
+    curve = train_vae.train(vae, clips, steps=40, batch=5, rate=0.05, seed=0, minutes=1, team=team)
+    assert [point["step"] for point in curve] == [0, 25, 39]
     assert all(np.isfinite(list(point.values())).all() for point in curve)
-    assert loss() < before
+    assert loss() < 0.9 * before
 
 
 def test_rare_colours_weigh_more(clips: data.Clips) -> None:

@@ -66,6 +66,12 @@ def draw(count: int, first: int, frames: int, workers: int) -> Clips:
     return Clips(boards, np.array([number[p] for _, said in parts for p in said]))
 
 
+def held(clips: Clips, frames: int) -> Clips:
+    """The clips with their last frame held, so that they all have this many frames."""
+    missing = frames - clips.boards.shape[1]
+    return Clips(np.concatenate([clips.boards, clips.boards[:, -1:].repeat(missing, axis=1)], axis=1), clips.prompts)
+
+
 def _draw(job: tuple[str, int, int, int]) -> tuple[UInt8[np.ndarray, "clips frames 16 16"], list[str]]:
     name, first, count, frames = job
     samples = [TASKS[name].sample("train", first + i, frames) for i in range(count)]
@@ -108,15 +114,27 @@ class Encoded:
                     yield self.latents[rows], self.conditions[rows], self.prompts[rows]
 
 
+def encoded(vae: AutoencoderKLWan, video: Float[Tensor, "clips 3 frames height width"]) -> Tensor:
+    """The modes of a VAE's latents."""
+    return vae.encode(video).latent_dist.mode()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def decoded(vae: AutoencoderKLWan, latents: Tensor) -> Float[Tensor, "clips 3 frames height width"]:
+    """A VAE's video of latents."""
+    return vae.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, clips: Clips, batch: int = 256) -> Encoded:
     """Encode clips and conditions with the VAE's modes, normalised by its `latents_mean` and `latents_std`, as bfloat16."""
     device = vae.device
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config["latents_mean"], vae.config["latents_std"])
+    )
 
     def latents(video: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mode = vae.encode(video).latent_dist.mode()
+            mode = encoded(vae, video)
         return ((mode.float() - mean) / std).to(torch.bfloat16)
 
     videos, conditions = [], []

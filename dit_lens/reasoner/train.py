@@ -10,7 +10,9 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from diffusers import AutoencoderKLWan
@@ -71,11 +73,18 @@ def note(settings: VAE | DiT, team: Team) -> dict:
 
 
 def run_vae(settings: VAE, team: Team) -> None:
-    clips = data.draw(settings.clips // team.size, settings.clips // team.size * team.rank, 17, team.workers)
+    # In a shorter clip things move faster, so each length is drawn; held to one length, as the first frames of a causal VAE do
+    # not depend on what follows.
+    parts = []
+    for length, share in data.LENGTHS.items():
+        count = round(settings.clips * share) // team.size
+        parts.append(data.held(data.draw(count, settings.clips * team.rank, length, team.workers), max(data.LENGTHS)))
+    clips = data.Clips(np.concatenate([p.boards for p in parts]), np.concatenate([p.prompts for p in parts]))
     torch.manual_seed(settings.seed)
     record = settings.work / "vae.json"
     before = json.loads(record.read_text())["curves"] if record.is_file() else []
-    vae = (AutoencoderKLWan.from_pretrained(settings.work / "vae") if before else models.vae()).to(team.device)
+    vae: Any = AutoencoderKLWan.from_pretrained(settings.work / "vae") if before else models.vae()
+    vae.to(team.device)
     team.together(list(vae.state_dict().values()))
     curve = train_vae.train(
         vae,
@@ -92,8 +101,8 @@ def run_vae(settings: VAE, team: Team) -> None:
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
         train_vae.normalise(vae, clips)
-        held_out = data.draw(700, 10_000_000, 17, team.workers).boards
-        checked = train_vae.read_back_of_every_colour(vae, held_out)
+        unseen = {length: data.draw(350, 10_000_000, length, team.workers).boards for length in data.LENGTHS}
+        checked = {length: train_vae.read_back_of_every_colour(vae, boards) for length, boards in unseen.items()}
         vae.save_pretrained(settings.work / "vae")
         (settings.work / "vae.json").write_text(
             json.dumps({**note(settings, team), "read_back": checked, "curves": [*before, curve]})
@@ -105,7 +114,8 @@ def run_dit(settings: DiT, team: Team) -> None:
     work = settings.work / "dit"
     if not (settings.work / "vae").is_dir():
         raise InputError(f"there is no trained VAE in {settings.work}; run `python -m dit_lens.reasoner.train vae` first")
-    vae = AutoencoderKLWan.from_pretrained(settings.work / "vae").to(team.device)
+    vae: Any = AutoencoderKLWan.from_pretrained(settings.work / "vae")
+    vae.to(team.device)
     encoded = {}
     for frames, share in data.LENGTHS.items():
         count = round(settings.clips * share) // team.size
@@ -143,12 +153,15 @@ def run_dit(settings: DiT, team: Team) -> None:
     if team.leads:
         state.save(work)
         (settings.work / "dit.json").write_text(json.dumps({**note(settings, team), "curve": state.curve}))
-        print(f"step {state.step} of {settings.steps}, loss {state.curve[-1]['loss']:.4f}")
+        loss = f"{state.curve[-1]['loss']:.4f}" if state.curve else "not yet averaged"
+        print(f"step {state.step} of {settings.steps}, loss {loss}")
 
 
 def run_export(settings: Export) -> None:
     pipeline = models.untrained()
-    pipeline.vae = AutoencoderKLWan.from_pretrained(settings.work / "vae")
+    vae: Any = AutoencoderKLWan.from_pretrained(settings.work / "vae")
+    pipeline.vae.load_state_dict(vae.state_dict())
+    pipeline.vae.register_to_config(latents_mean=vae.config["latents_mean"], latents_std=vae.config["latents_std"])
     state = train_dit.load_ema(settings.work / "dit")
     pipeline.transformer.load_state_dict(state["transformer"])
     pipeline.text_encoder.load_state_dict(state["text_encoder"])

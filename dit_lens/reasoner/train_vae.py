@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dit_lens.reasoner.board import PIXELS, Colour
-from dit_lens.reasoner.data import Clips, condition, palette, pixels
+from dit_lens.reasoner.data import Clips, condition, decoded, encoded, palette, pixels
 from dit_lens.reasoner.team import Team
 
 LATENT_NOISE = 0.1
@@ -72,7 +72,7 @@ def train(
         # Squares of any colour anywhere, so that what is rare in the tasks is still read everywhere.
         speckle = torch.rand(boards[:, :1].shape, device=device, generator=generator) < 0.02
         colours = torch.randint(len(Colour), speckle.shape, device=device, generator=generator, dtype=boards.dtype)
-        latents = (batch, vae.config.z_dim, (boards.shape[1] - 1) // 4 + 1, *boards.shape[2:])
+        latents = (batch, vae.config["z_dim"], (boards.shape[1] - 1) // 4 + 1, *boards.shape[2:])
         return torch.where(speckle, colours, boards), torch.randn(latents, device=device, generator=generator)
 
     def backward(boards: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,13 +110,13 @@ def losses(
     video = pixels(boards)
     video = torch.cat([condition(video[:blank]), video[blank:]])
     with torch.autocast(boards.device.type, torch.bfloat16, enabled=boards.is_cuda, cache_enabled=False):
-        latents = vae.encode(video).latent_dist.mode()
+        latents = encoded(vae, video)
         spread = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
-        decoded = vae._decode(latents + LATENT_NOISE * spread * noise).sample.float()
+        shown = decoded(vae, latents + LATENT_NOISE * spread * noise).float()
     weight = weights[boards[blank:].long()].repeat_interleave(PIXELS, 2).repeat_interleave(PIXELS, 3).unsqueeze(1)
-    difference = (decoded[blank:] - video[blank:]).abs()
-    seen = (weight * (difference + difference.square())).mean() + (decoded[:blank] - video[:blank]).abs().mean()
-    colours = F.cross_entropy(read_back(decoded[blank:]), boards[blank:].long(), weight=weights)
+    difference = (shown[blank:] - video[blank:]).abs()
+    seen = (weight * (difference + difference.square())).mean() + (shown[:blank] - video[:blank]).abs().mean()
+    colours = F.cross_entropy(read_back(shown[blank:]), boards[blank:].long(), weight=weights)
     # The last term keeps the latents bounded; the noise is relative to their spread, so nothing else does.
     return seen + 0.5 * colours + 1e-4 * latents.float().square().mean(), colours
 
@@ -156,7 +156,7 @@ def normalise(vae: AutoencoderKLWan, clips: Clips, count: int = 1024) -> None:
     """Set `latents_mean` and `latents_std` from the latents of clips."""
     latents = []
     for rows in torch.from_numpy(clips.boards[:: max(1, len(clips.boards) // count)]).split(64):
-        latents.append(vae.encode(pixels(rows.to(vae.device))).latent_dist.mode().float())
+        latents.append(encoded(vae, pixels(rows.to(vae.device))).float())
     every = torch.cat(latents)
     vae.register_to_config(latents_mean=every.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=every.std(dim=(0, 2, 3, 4)).tolist())
 
@@ -166,8 +166,8 @@ def read_back_of_every_colour(vae: AutoencoderKLWan, boards: UInt8[np.ndarray, "
     """Share of squares, by colour, that are read as they were drawn after encoding and decoding, and of faultless clips."""
     found = []
     for rows in torch.from_numpy(boards).split(64):
-        decoded = vae.decode(vae.encode(pixels(rows.to(vae.device))).latent_dist.mode()).sample
-        found.append(read_back(decoded.float()).argmax(1).cpu().numpy())
+        shown = decoded(vae, encoded(vae, pixels(rows.to(vae.device))))
+        found.append(read_back(shown.float()).argmax(1).cpu().numpy())
     right = np.concatenate(found) == boards
     return {
         "squares": float(right.mean()),

@@ -20,6 +20,8 @@ SIZES: dict[str, Bool[np.ndarray, "3 3"]] = {
     "medium": np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]], dtype=bool),
     "large": np.ones((3, 3), dtype=bool),
 }
+COLOURS: dict[str, Colour] = OBJECT_COLOURS
+"""Colours of objects here; no prompt names them."""
 COLUMNS = 4
 PITCH = 4
 """Objects per row, and squares from one to the next."""
@@ -54,7 +56,7 @@ def continuations(symbols: tuple[str, ...]) -> tuple[str, ...]:
 @cache
 def sequences(kind: str) -> dict[int, tuple[tuple[str, ...], ...]]:
     """Every sequence of three to seven symbols with a period of two or three, by the number of its legal continuations."""
-    alphabet = list(SIZES) if kind == "size" else list(OBJECT_COLOURS)
+    alphabet = list(SIZES) if kind == "size" else list(COLOURS)
     found: dict[int, set[tuple[str, ...]]] = {1: set(), 2: set()}
     for period in PERIODS:
         for unit in itertools.product(alphabet, repeat=period):
@@ -80,7 +82,7 @@ class PatternTask(Task):
         kind = ("size", "colour")[random.integers(2)]
         group = sequences(kind)[2 if random.random() < AMBIGUOUS else 1]
         symbols = group[random.integers(len(group))]
-        fixed = list(OBJECT_COLOURS if kind == "size" else SHAPES)
+        fixed = list(COLOURS if kind == "size" else SHAPES)
         return Sequence(kind, symbols, fixed[random.integers(len(fixed))], int(random.integers(0, SQUARES - 2 * PITCH + 1)))
 
     def solve(self, puzzle: Sequence) -> tuple[Answer, ...]:
@@ -119,7 +121,7 @@ class PatternTask(Task):
 
     def wrong(self, puzzle: Sequence, random: np.random.Generator) -> Answer:
         """A symbol of the alphabet that continues no legal period."""
-        alphabet = SIZES if puzzle.kind == "size" else OBJECT_COLOURS
+        alphabet = SIZES if puzzle.kind == "size" else COLOURS
         return str(random.choice([s for s in alphabet if s not in continuations(puzzle.symbols)]))
 
     def judge(self, boards: UInt8[np.ndarray, "frames 16 16"], sample: Sample) -> Score:
@@ -127,7 +129,7 @@ class PatternTask(Task):
         last, puzzle = boards[-1], sample.puzzle
         row, column = _corner(puzzle, len(puzzle.symbols))
         place = last[row : row + 3, column : column + 3]
-        alphabet = SIZES if puzzle.kind == "size" else OBJECT_COLOURS
+        alphabet = SIZES if puzzle.kind == "size" else COLOURS
         wrong = {}
         for symbol in alphabet:
             glyph, _, _, colour = _object(puzzle, symbol, len(puzzle.symbols))
@@ -150,5 +152,5 @@ def _corner(puzzle: Sequence, place: int) -> tuple[int, int]:
 def _object(puzzle: Sequence, symbol: str, place: int) -> tuple[Bool[np.ndarray, "3 3"], int, int, int]:
     """Glyph, row, column and colour of a symbol at a place."""
     if puzzle.kind == "size":
-        return SIZES[symbol], *_corner(puzzle, place), int(OBJECT_COLOURS[puzzle.fixed])
-    return SHAPES[puzzle.fixed], *_corner(puzzle, place), int(OBJECT_COLOURS[symbol])
+        return SIZES[symbol], *_corner(puzzle, place), int(COLOURS[puzzle.fixed])
+    return SHAPES[puzzle.fixed], *_corner(puzzle, place), int(COLOURS[symbol])

@@ -139,7 +139,7 @@ class PermanenceTask(Task):
         if back is None:
             return Score(False, None, None, "the object is not there at the end")
         did: Return = (side or "nowhere", *back)
-        if not kept(boards[middle], true[middle], np.ones((SQUARES, SQUARES), dtype=bool), tolerance=0.03):
+        if not kept(boards[middle], true[middle], np.ones((SQUARES, SQUARES), dtype=bool)):
             return Score(False, did, None, "the object is not gone in the middle of the clip")
         if side != puzzle.side:
             return Score(False, did, None, f"goes by the {side} side" if side else "goes nowhere")

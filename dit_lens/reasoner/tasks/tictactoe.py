@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -19,16 +19,22 @@ GLYPHS: dict[str, Bool[np.ndarray, "4 4"]] = {
     "X": np.array([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=bool),
     "O": np.array([[0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]], dtype=bool),
 }
-COLOURS = {"X": Colour.YELLOW, "O": Colour.CYAN}
+COLOURS = {"X": (Colour.YELLOW,), "O": (Colour.CYAN,)}
+"""Colours that a player's marks can have."""
 LINES = tuple([(3 * i, 3 * i + 1, 3 * i + 2) for i in range(3)] + [(i, i + 3, i + 6) for i in range(3)] + [(0, 4, 8), (2, 4, 6)])
 
 
 @dataclass(frozen=True)
 class Position:
-    """Nine cells in reading order ("X", "O" or " "), and who is to move."""
+    """Nine cells in reading order ("X", "O" or " "), who is to move, and which of its colours each player has."""
 
     cells: tuple[str, ...]
     player: str
+    colours: tuple[int, int] = (0, 0)
+
+    def colour(self, mark: str) -> Colour:
+        """The colour of a player's marks on this board."""
+        return COLOURS[mark][self.colours["XO".index(mark)]]
 
 
 def winners(position: Position) -> tuple[int, ...]:
@@ -72,7 +78,9 @@ class TicTacToeTask(Task):
 
     def generate(self, random: np.random.Generator) -> Position:
         of = positions()
-        return (group := of[int(random.choice((1, 1, 2, 2, 3)))])[random.integers(len(group))]
+        group = of[int(random.choice((1, 1, 2, 2, 3)))]
+        x, o = (int(random.integers(len(COLOURS[mark]))) for mark in "XO")
+        return replace(group[random.integers(len(group))], colours=(x, o))
 
     def solve(self, puzzle: Position) -> tuple[Answer, ...]:
         return winners(puzzle)
@@ -84,7 +92,7 @@ class TicTacToeTask(Task):
         return [{"player": p} for p in GLYPHS]
 
     def canonical(self, puzzle: Position) -> bytes:
-        # Swapping the players is a symmetry too: the player to move becomes "X".
+        # Swapping the players is a symmetry too: the player to move becomes "X". Colours make no other puzzle.
         swap = str.maketrans("XO", "XO" if puzzle.player == "X" else "OX")
         cells = np.array([c.translate(swap) for c in puzzle.cells]).reshape(3, 3)
         turned = [np.rot90(cells, k) for k in range(4)]
@@ -96,13 +104,13 @@ class TicTacToeTask(Task):
         picture[1 : SQUARES - 1, CELL : 3 * CELL : CELL] = Colour.GREY
         for cell, mark in enumerate(puzzle.cells):
             if mark != " ":
-                stamp(picture, GLYPHS[mark], *corner(cell), COLOURS[mark])
+                stamp(picture, GLYPHS[mark], *corner(cell), puzzle.colour(mark))
         return picture
 
     def draw(self, puzzle: Position, answer: Answer, frames: int) -> UInt8[np.ndarray, "frames 16 16"]:
         cell: int = answer  # pyright: ignore[reportAssignmentType]
         row, column = corner(cell)
-        colour = COLOURS[puzzle.player]
+        colour = puzzle.colour(puzzle.player)
         stroke = [(row + y, column + x, int(colour)) for y, x in np.argwhere(GLYPHS[puzzle.player]).tolist()]
         return reveal(self._first(puzzle), [stroke], frames)
 
@@ -113,8 +121,8 @@ class TicTacToeTask(Task):
             row, column = corner(cell)
             answer[row : row + 4, column : column + 4] = True
         return {
-            "x": first == COLOURS["X"],
-            "o": first == COLOURS["O"],
+            "x": first == puzzle.colour("X"),
+            "o": first == puzzle.colour("O"),
             "grid": first == Colour.GREY,
             "answer": answer,
             "background": (first == Colour.BLACK) & ~answer,
@@ -138,7 +146,7 @@ class TicTacToeTask(Task):
         if len(changed) > 1:
             return Score(False, tuple(changed), None, f"{len(changed)} cells changed")
         cell = changed[0]
-        mark = np.where(GLYPHS[puzzle.player], COLOURS[puzzle.player], Colour.BLACK)
+        mark = np.where(GLYPHS[puzzle.player], puzzle.colour(puzzle.player), Colour.BLACK)
         if (_cell(last, cell) != mark).sum() > 1:
             return Score(False, cell, None, f"the mark is no {puzzle.player}")
         if cell not in sample.answers:
