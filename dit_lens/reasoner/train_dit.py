@@ -30,6 +30,9 @@ EMA = 0.9995
 class Model(nn.Module):
     """Denoiser and text encoder as one module: numbers of prompts in, velocities out."""
 
+    tokens: Tensor
+    mask: Tensor
+
     def __init__(self, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel, words: PreTrainedTokenizerFast):
         super().__init__()
         self.transformer = transformer
