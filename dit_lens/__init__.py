@@ -17,14 +17,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
 from dit_lens.errors import InputError
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
-from dit_lens.record import Activations, Record
+from dit_lens.record import Record
 from dit_lens.reducers import frame_mean, full, norm, region_mean
 from dit_lens.run import Run
 from dit_lens.selection import Cell, Selector, at
+from dit_lens.sites import Gate, Site
 
 if TYPE_CHECKING:
     from dit_lens import reasoner
@@ -33,12 +35,14 @@ __all__ = [
     "Activations",
     "Architecture",
     "Cell",
+    "Gate",
     "InputError",
     "Layout",
     "Lens",
     "Record",
     "Run",
     "Selector",
+    "Site",
     "at",
     "frame_mean",
     "full",

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dit_lens.errors import InputError, listed
+from dit_lens.sites import BLOCK_SITES, Gate, Site, attention_sites
 
 EXPERTS = ("transformer", "transformer_2")
 """Names under which diffusers pipelines hold their denoisers, in the order in which noise falls."""
@@ -54,6 +55,7 @@ class Architecture:
         blocks: attributes of the transformer that hold its blocks, in execution order.
         streams: the token streams that a block returns, in the order in which it returns them.
         parameters: the parameters of the block's `forward` that bring these streams in, same order.
+        sites: the tensors of a block that can be read, in the order in which it computes them.
         branches: the guidance branches in the order in which one step calls them.
         guidance: `sequential` when every branch is a call of its own.
         guided_above: guidance runs when `guidance_scale` is greater than this.
@@ -66,6 +68,7 @@ class Architecture:
     blocks: tuple[str, ...]
     streams: tuple[str, ...] = ("visual",)
     parameters: tuple[str, ...] = ("hidden_states",)
+    sites: tuple[Site, ...] = BLOCK_SITES
     branches: tuple[str, ...] = ("cond", "uncond")
     guidance: str = "sequential"
     guided_above: float = 1.0
@@ -95,6 +98,25 @@ class Architecture:
         config: Any = denoiser.config
         return config.num_attention_heads * config.attention_head_dim
 
+    def heads(self, denoiser: nn.Module) -> int:
+        """Number of attention heads; none where no site has rows per head."""
+        config: Any = denoiser.config
+        return config.num_attention_heads if any(site.per_head for site in self.sites) else 0
+
+    def site(self, name: str, stream: str = "visual") -> Site:
+        """The record of a site.
+
+        Raises:
+            InputError: this architecture has no such site in this stream.
+        """
+        for site in self.sites:
+            if site.name == name and stream in self.streams and site.stream in (None, stream):
+                return site
+        raise InputError(
+            f"{self.name} has no site {name!r} in the stream {stream!r}; there is"
+            f" {listed(dict.fromkeys(site.name for site in self.sites))} in {listed(self.streams)}"
+        )
+
     def expert_at(self, pipe: Any, timestep: float) -> str:
         """Name of the expert that the pipeline calls at this timestep."""
         experts = list(self.denoisers(pipe))
@@ -107,13 +129,17 @@ class Architecture:
         """The branches that a run with this guidance scale calls."""
         return self.branches if guidance_scale > self.guided_above else self.branches[:1]
 
-    def streams_in(self, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The streams that a block call takes, by name.
+    def arguments(self, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a block call by the names of its parameters.
 
         Some denoisers call their blocks by position and some by keyword, so the arguments are bound to the signature
         of the class's own `forward` (the instance's may be wrapped).
         """
-        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+        return inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+
+    def streams_in(self, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The streams that a block call takes, by name."""
+        bound = self.arguments(block, args, kwargs)
         return {stream: bound[parameter] for stream, parameter in zip(self.streams, self.parameters, strict=True)}
 
     def streams_out(self, output: Any) -> dict[str, Tensor]:
@@ -132,6 +158,16 @@ WAN = Architecture(
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     denoiser="WanTransformer3DModel",
     blocks=("blocks",),
+    sites=(
+        *attention_sites("attn1", projection="to_out.0"),
+        Site("attn", "attn1"),
+        Site("attn_contribution", "attn1", measures="contribution", gate=Gate(2)),
+        Site("cross_attn", "attn2"),
+        Site("cross_attn_contribution", "attn2", measures="contribution"),
+        Site("mlp", "ffn"),
+        Site("mlp_contribution", "ffn", measures="contribution", gate=Gate(5)),
+        *BLOCK_SITES,
+    ),
 )
 
 _registered: list[Architecture] = [WAN]

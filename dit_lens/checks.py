@@ -36,7 +36,7 @@ def check(lens: lenses.Lens, arguments: Mapping[str, Any] | None = None) -> list
     """Runs every check on a lens; ``arguments`` override the pipeline arguments of the sample that is run."""
     sample = reasoner.task("maze").sample("test", 0)
     inputs = {**sample.inputs, "num_inference_steps": STEPS, **(arguments or {})}
-    everything = Record(at(site=["resid", "update"]), reduce=norm)
+    everything = Record(at(site="all"), reduce=norm)
     plain = lens.plain(**inputs, output_type="latent").frames.cpu()
     bare = lens.run(**inputs, decode=False)
     recorded = lens.run(**inputs, decode=False, record=everything)
@@ -44,9 +44,10 @@ def check(lens: lenses.Lens, arguments: Mapping[str, Any] | None = None) -> list
     again = other.run(**inputs, decode=False, record=everything)
     return [
         _same("recording nothing leaves the pipeline as it is", bare.latents[-1], plain),
-        _same("recording every block leaves it as it is", recorded.latents[-1], plain),
+        _same("recording every site of every block leaves it as it is", recorded.latents[-1], plain),
         _labels(lens, recorded, lens.forecast(**inputs).timesteps),
         _sums(lens, inputs),
+        *_parts(lens, inputs),
         _engines(recorded, again),
         _decoding(lens, inputs),
     ]
@@ -62,10 +63,10 @@ def _same(name: str, found: Tensor, expected: Tensor) -> Check:
 def _labels(lens: lenses.Lens, run: Run, timesteps: tuple[float, ...]) -> Check:
     """Every block of every expert that ran, at every step, branch and site, once."""
     counts = {name: len(lens.architecture.block_list(part)) for name, part in lens.architecture.denoisers(lens.pipe).items()}
-    expected = sum(counts[expert] for expert in run.experts) * len(run.branches) * 2
+    expected = sum(counts[expert] for expert in run.experts) * len(run.branches) * len(lens.architecture.sites)
     found = len({(cell.step, cell.branch, cell.block, cell.site) for cell in run.activations.cells})
     passed = found == expected == len(run.activations) and run.timesteps == timesteps
-    name = "every block, step and branch is recorded once, under its timestep"
+    name = "every block, site, step and branch is recorded once, under its timestep"
     return Check(name, passed, f"{found} of {expected} cells ({', '.join(run.branches)})")
 
 
@@ -75,6 +76,20 @@ def _sums(lens: lenses.Lens, inputs: Mapping[str, Any]) -> Check:
     stream, update = (run.activations.stack(step=0, branch="cond", site=site) for site in ("resid", "update"))
     error = ((stream[1:] - stream[:-1] - update[1:]).norm() / update[1:].norm()).item()
     return Check("streams and updates add up", error < 1e-5, f"relative error {error:.1g}")
+
+
+def _parts(lens: lenses.Lens, inputs: Mapping[str, Any]) -> list[Check]:
+    """What the modules of a block contribute adds up to the block's update; where the architecture names contributions."""
+    parts = [site.name for site in lens.architecture.sites if site.measures == "contribution"]
+    if not parts:
+        return []
+    sites = ["resid", "update", *parts]
+    run = lens.run(**inputs, decode=False, record=at(step=0, branch="cond", site=sites, frames=0))
+    stream, total, *added = (run.activations.stack(step=0, branch="cond", site=site) for site in sites)
+    error = ((sum(added) - total).norm() / stream.float().norm()).item()
+    # The parts are exact; the stream is rounded to the model's precision wherever one is added to it.
+    limit = max(1e-5, 2 * torch.finfo(stream.dtype).eps)
+    return [Check("contributions add up to the update", error < limit, f"relative error {error:.1g}")]
 
 
 def _engines(one: Run, other: Run) -> Check:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_lens.architectures import Architecture
-from dit_lens.selection import SITES
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def describe(name: str, pipe: Any, architecture: Architecture) -> Description:
     config: Any = denoiser.config
     rows += [
         ("streams", ", ".join(architecture.streams)),
-        ("sites", ", ".join(SITES)),
+        *_sites(architecture, denoiser),
         (
             "guidance",
             f"{architecture.guidance}: {', then '.join(architecture.branches)},"
@@ -56,6 +55,19 @@ def describe(name: str, pipe: Any, architecture: Architecture) -> Description:
         ),
     ]
     return Description(tuple(rows))
+
+
+def _sites(architecture: Architecture, denoiser: Any) -> list[tuple[str, str]]:
+    """Rows on the sites: all of them, which have heads, and which are read-only, with what their gates depend on."""
+    rows = [("sites", ", ".join(dict.fromkeys(site.name for site in architecture.sites)))]
+    per_head = dict.fromkeys(site.name for site in architecture.sites if site.per_head)
+    if per_head:
+        rows.append(("heads", f"{architecture.heads(denoiser)}, at {', '.join(per_head)}"))
+    gates = {site.name: site.gate for site in architecture.sites if site.read_only}
+    if gates:
+        shown = [f"{name} (gated by the {gate.depends})" if gate else f"{name} (no gate)" for name, gate in gates.items()]
+        rows.append(("read-only", ", ".join(shown)))
+    return rows
 
 
 def _schedule(scheduler: Any) -> str:

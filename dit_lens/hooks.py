@@ -1,7 +1,8 @@
 """The engine on plain torch hooks: the oracle that the nnsight engine is tested against, and the fast path.
 
-A forward hook sees a block's arguments and its return value and may replace the latter. That is all that reading and
-editing whole blocks takes, at about ten microseconds a block.
+A forward hook sees what a module returns, a forward pre-hook what it takes, and both may replace it, at about ten
+microseconds a block. Queries, keys and values pass through no module once they are normalised and rotated; a torch
+function mode sees them where the attention hands them to torch.
 """
 
 from __future__ import annotations
@@ -10,33 +11,87 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
 from dit_lens.architectures import Architecture
+from dit_lens.errors import InputError
+from dit_lens.ports import Port, ports
 from dit_lens.taps import Result, Tap
 
 
 class HookEngine:
-    """Runs a pipeline with torch forward hooks on the tapped blocks."""
+    """Runs a pipeline with torch hooks on the tapped modules."""
 
     def __init__(self, pipe: Any, architecture: Architecture) -> None:
         self._pipe = pipe
         self._architecture = architecture
 
     def call(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
-        """Run `function` with a hook on every tapped block; the hooks go with the call, also when it fails."""
-        denoisers = self._architecture.denoisers(self._pipe)
-        blocks = {expert: self._architecture.block_list(module) for expert, module in denoisers.items()}
-        with ExitStack() as hooks:
-            for tap in taps:
-                handle = blocks[tap.expert][tap.block].register_forward_hook(self._hook(tap), with_kwargs=True)
-                hooks.callback(handle.remove)
+        """Run `function` with a hook on every tapped module; the hooks go with the call, also when it fails."""
+        stops = ports(self._architecture, self._architecture.denoisers(self._pipe), taps)
+        attention = _Attention()
+        with ExitStack() as attached:
+            for port in stops:
+                for handle in _hooks(port, attention):
+                    attached.callback(handle.remove)
+            # After the hooks that visit: of the hooks of one block, the last forgets its arguments.
+            for port in stops:
+                attached.enter_context(port.remembering())
+            if any(port.kind == "attention" for port in stops):
+                attached.enter_context(attention)
             return function()
 
-    def _hook(self, tap: Tap) -> Callable[..., Any]:
-        architecture = self._architecture
 
-        def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            before = architecture.streams_in(block, args, kwargs) if tap.needs_before else None
-            replacement = tap.visit(before, architecture.streams_out(output))
-            return None if replacement is None else architecture.replaced(output, replacement)
+def _hooks(port: Port, attention: _Attention) -> list[RemovableHandle]:
+    """The hooks of one port."""
+    module = port.module
+    if port.kind == "attention":
+        return [
+            module.register_forward_pre_hook(lambda *_: attention.enter(port)),
+            module.register_forward_hook(lambda *_: attention.leave(port)),
+        ]
+    if port.kind == "output":
+        return [module.register_forward_hook(lambda module, args, output: port.visit(output))]
 
-        return hook
+    def before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        replacement = port.visit(args[0])
+        return None if replacement is None else (replacement, *args[1:])
+
+    return [module.register_forward_pre_hook(before)]
+
+
+class _Attention(TorchFunctionMode):
+    """Shows a port what its attention module hands to torch, while that module runs and at no other time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._port: Port | None = None
+        self._calls = 0
+
+    def enter(self, port: Port) -> None:
+        """The attention module of a port begins."""
+        self._port, self._calls = port, 0
+
+    def leave(self, port: Port) -> None:
+        """It has ended, and must have called scaled dot-product attention once."""
+        self._port = None
+        if self._calls != 1:
+            raise InputError(
+                f"{port.path} called torch's scaled_dot_product_attention {self._calls} times, and the hook engine reads"
+                " q, k and v from the one call: write engine='nnsight', or choose the attention backend 'native'"
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._port is not None and func is scaled_dot_product_attention:
+            self._calls += 1
+            args, kwargs = self._port.visit_call(args, kwargs, _swapped)
+        return func(*args, **kwargs)
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """(batch, heads, tokens, channels), as torch has it, to (batch, tokens, heads, channels) and back."""
+    return tensor.transpose(1, 2)

@@ -24,11 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_lens import batching, loading
+from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, lookup
 from dit_lens.describe import Description, describe
 from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
-from dit_lens.record import Activations, Record, Recorder, as_records
+from dit_lens.record import Record, Recorder, as_records
 from dit_lens.run import Run
 from dit_lens.schedule import Forecast, StepClock, forecast
 from dit_lens.selection import Extent, Selector
@@ -226,6 +227,8 @@ class Lens:
             forecast=self._forecast(inputs),
             branches=self.architecture.branches,
             streams=self.architecture.streams,
+            sites=self.architecture.sites,
+            heads=self.architecture.heads(next(iter(denoisers.values()))),
         )
         return Recorder(records, extent, self.architecture, limit_bytes)
 

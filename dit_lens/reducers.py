@@ -2,7 +2,8 @@
 
 A reducer is a function (activation, cell) -> tensor. The activation has shape (batch, frames, height, width,
 channels), or (batch, tokens, channels) when the selector has a token mask; frames are latent frames, height and width
-count tokens. Sums run in float32 whatever the model's precision.
+count tokens. At the sites with rows per head (`heads`, `q`, `k`, `v`) an axis of heads comes before the channels, and
+the reducers here keep it. Sums run in float32 whatever the model's precision.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ class Full(Reducer):
 
 
 class Norm(Reducer):
-    """L2 norm over the channels: (batch, frames, height, width), or (batch, tokens)."""
+    """L2 norm over the channels: (batch, frames, height, width), or (batch, tokens); with heads, one each."""
 
     def __call__(self, activation: Float[Tensor, "batch ... channels"], cell: Cell) -> Float[Tensor, "batch ..."]:
         return torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float32)
 
 
 class FrameMean(Reducer):
-    """Mean over the tokens of each latent frame: (batch, frames, channels)."""
+    """Mean over the tokens of each latent frame: (batch, frames, channels), or (batch, frames, heads, channels)."""
 
-    def __call__(self, activation: Float[Tensor, "batch ... channels"], cell: Cell) -> Float[Tensor, "batch frames channels"]:
+    def __call__(self, activation: Float[Tensor, "batch ... channels"], cell: Cell) -> Float[Tensor, "batch frames ..."]:
         _whole(activation, "frame_mean")
         return activation.mean(dim=(2, 3), dtype=torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class RegionMean(Reducer):
-    """Weighted mean over the tokens of each latent frame that lie in a region: (batch, frames, channels)."""
+    """Weighted mean over the tokens of each latent frame that lie in a region; as `FrameMean`."""
 
     weights: Tensor
 
-    def __call__(self, activation: Float[Tensor, "batch ... channels"], cell: Cell) -> Float[Tensor, "batch frames channels"]:
+    def __call__(self, activation: Float[Tensor, "batch ... channels"], cell: Cell) -> Float[Tensor, "batch frames ..."]:
         _whole(activation, "region_mean")
         weights = self.weights.to(activation.device)
         while weights.ndim < 4:
@@ -70,7 +71,8 @@ class RegionMean(Reducer):
                 f" height, width) = {tuple(activation.shape[:4])}; write (height, width), (frames, height, width) or"
                 " (batch, frames, height, width)"
             ) from None
-        return torch.einsum("bfhwc,bfhw->bfc", activation.float(), weights) / weights.sum(dim=(2, 3))[..., None]
+        totals = torch.einsum("bfhw...,bfhw->bf...", activation.float(), weights)
+        return totals / weights.sum(dim=(2, 3)).unflatten(1, (-1, *[1] * (totals.ndim - 2)))
 
 
 full = Full("full")
@@ -105,5 +107,5 @@ def reducer_name(reduce: Any) -> str:
 
 
 def _whole(activation: Tensor, name: str) -> None:
-    if activation.ndim != 5:
+    if activation.ndim < 5:
         raise InputError(f"{name} needs whole frames, and tokens= leaves single ones; use region_mean(mask)")

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import weighted
-from dit_lens.record import Activations, Entry
 from dit_lens.selection import Cell
 
 FORMAT = 1

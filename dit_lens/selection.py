@@ -7,6 +7,7 @@ axes; an axis that is not named is all of it, except that `site` is `resid` and 
     at(block=[0, 5], step=slice(0, 10))        lists and slices
     at(depth=(0.5, 1.0), sigma=(0.8, 1.01))    ranges [low, high), where an axis is continuous
     at(site="update", branch="cond", tokens=mask)
+    at(site="heads", block=6, head=[0, 3])     two heads of a block's self-attention
 
 A selection is checked against the model and the schedule before a run starts: what is out of range is an error there,
 and never an empty result.
@@ -26,9 +27,7 @@ from torch import Tensor
 from dit_lens.architectures import Layout
 from dit_lens.errors import InputError, listed
 from dit_lens.schedule import Forecast
-
-SITES = ("resid", "update")
-"""Sites on offer: the stream after a block; and that minus the stream before it."""
+from dit_lens.sites import BLOCK_SITES, Site
 
 Indices = int | np.integer | list[int] | range | set[int] | np.ndarray | slice | str | None
 """What selects along an axis that counts from 0."""
@@ -60,12 +59,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Extent:
-    """All that there is to select from in one run: the blocks of each expert, the schedule, the streams."""
+    """All that there is to select from in one run: the blocks of each expert, the schedule, the streams, sites, heads."""
 
     blocks: dict[str, int]
     forecast: Forecast
     branches: tuple[str, ...]
     streams: tuple[str, ...]
+    sites: tuple[Site, ...] = BLOCK_SITES
+    heads: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +103,7 @@ class Selector:
         forecast = extent.forecast
         experts = self._names("expert", self.expert, tuple(extent.blocks))
         branches = self._names("branch", self.branch, extent.branches)
-        sites = self._names("site", self.site, SITES)
-        streams = self._names("stream", self.stream, extent.streams)
-        if self.head is not None:
-            raise InputError(f"{self}: head= belongs to the site 'heads'; the sites on offer are {listed(SITES)}")
+        places = self._places(extent)
         steps = self._numbers("step", self.step, len(forecast.timesteps))
         steps &= self._levels("sigma", self.sigma, forecast.sigmas)
         selected = []
@@ -122,8 +120,7 @@ class Selector:
                 for branch in forecast.branches
                 if branch in branches
                 for block in sorted(blocks)
-                for site in sites
-                for stream in streams
+                for site, stream in places
             ]
         if not selected:
             raise InputError(
@@ -131,6 +128,20 @@ class Selector:
                 f" {len(forecast.timesteps)} steps, {listed(_spans(forecast))}"
             )
         return selected
+
+    def _places(self, extent: Extent) -> list[tuple[str, str]]:
+        """The selected (site, stream) in the order in which a block computes them."""
+        known = tuple(dict.fromkeys(site.name for site in extent.sites))
+        sites = self._names("site", self.site, known)
+        streams = self._names("stream", self.stream, extent.streams)
+        if self.head is not None:
+            per_head = list(dict.fromkeys(site.name for site in extent.sites if site.per_head))
+            if not per_head or not set(sites) <= set(per_head):
+                offered = f"the sites {listed(per_head)}; name them with site=" if per_head else "no site of this model"
+                raise InputError(f"{self}: head= belongs to {offered}")
+            self._numbers("head", self.head, extent.heads)
+        found = [(site, stream) for site in extent.sites for stream in streams if site.name in sites]
+        return [(site.name, stream) for site, stream in found if site.stream in (None, stream)]
 
     def check_tokens(self, layout: Layout) -> None:
         """Raise an InputError when `frames` or `tokens` do not fit the layout of the visual tokens."""
@@ -146,10 +157,13 @@ class Selector:
             raise InputError(f"{self}: the token mask selects no token")
 
     def take_tokens(self, visual: Tensor) -> Tensor:
-        """The selected tokens of (batch, frames, height, width, channels).
+        """The selected heads and tokens of (batch, frames, height, width, channels) or (..., heads, channels).
 
-        `frames` keeps all five axes. `tokens` leaves (batch, tokens, channels), in the order of the layout.
+        `head` and `frames` keep all axes. `tokens` leaves one axis in place of the three of the layout, in its order.
         """
+        if self.head is not None:
+            heads = torch.tensor(sorted(self._numbers("head", self.head, visual.shape[-2])))
+            visual = visual.index_select(-2, heads.to(visual.device))
         kept = torch.arange(visual.shape[1])
         if self.frames is not None:
             kept = torch.tensor(sorted(self._numbers("frames", self.frames, visual.shape[1], "latent frames")))
@@ -232,8 +246,15 @@ def at(
         block, step: index, list, slice or "all"; negative indices count from the end.
         depth, sigma: a number, a list, a range [low, high) as a tuple, or "all"; depth is block / number of blocks.
         branch: cond, uncond or what the pipeline has. expert: transformer or transformer_2.
-        site: resid (the stream after the block) or update (that minus the stream before). stream: visual.
-        head: for sites that have heads. frames: latent frames, as for block.
+        site: the tensor in the block, a name, a list or "all"; `Lens.describe` lists what the model has.
+            resid: the stream after the block. update: that minus the stream before it.
+            attn, cross_attn, mlp: what the module returns, before any gate; attn_contribution, cross_attn_contribution,
+            mlp_contribution: what the block adds of it to the stream (they add up to update); read-only.
+            heads: the input of the self-attention's output projection, one row per head.
+            q, k, v: of the self-attention, after normalisation and rotary embedding.
+        stream: visual.
+        head: as for block, at the sites that have rows per head: heads, q, k, v, of shape (batch, frames, height, width,
+            heads, channels). frames: latent frames, as for block.
         tokens: a boolean mask on the layout, of shape (height, width) or (frames, height, width).
 
     Returns:

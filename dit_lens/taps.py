@@ -1,14 +1,13 @@
 """Taps: where an engine stops during a run, and what it shows there.
 
 Two engines run a pipeline, `tracing` (nnsight) and `hooks` (plain torch). Both do one thing only: run a callable and,
-each time a tapped block runs, hand its streams to the tap's visitor. A visitor sees the streams before and after the
-block and may return new streams, which then take the place of the block's own. What step or branch it is, the visitor
-asks the step clock; engines count nothing.
+each time a tapped site is computed, hand its tensor to the tap's visitor, which may return another tensor to take its
+place. What step or branch it is, the visitor asks the step clock; engines count nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -16,26 +15,29 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-Streams = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One block to visit, every time it runs.
+    """One site of one block to visit, every time the block runs.
+
+    Taps of the same place are visited in the order in which they are given; each sees what the ones before it left.
 
     Attributes:
         expert: the denoiser that holds the block.
         block: its number in execution order.
-        needs_before: whether the visitor wants the streams that the block took.
-        visit: called with (streams before or None, streams after), each name -> (batch, tokens, channels) tensor; it
-            returns the streams to replace by name, or None to leave the block as it is.
+        site: the name of the site, one of the architecture's.
+        visit: called with the site's tensor, (batch, tokens, channels) or (batch, tokens, heads, channels); returns one
+            of the same shape to take its place, or None to leave it.
+        stream: the token stream.
     """
 
     expert: str
     block: int
-    needs_before: bool
-    visit: Callable[[Streams | None, Streams], Streams | None]
+    site: str
+    visit: Callable[[Tensor], Tensor | None]
+    stream: str = "visual"
 
 
 @runtime_checkable

@@ -1,15 +1,17 @@
 """The engine on nnsight, and the only module that imports it.
 
-One trace runs around the whole pipeline call. Inside it every tapped block has a worker of its own, an nnsight invoke
-without input that loops over the block's executions and hands each to the tap's visitor. A worker per block keeps
-blocks independent: a skipped block or an expert that never runs cannot shift the count of another. The workers are
-greenlets and run in step with the model, so the step clock, read inside a visitor, is exact; nnsight's own iteration
-index counts executions of a location and is never read.
+One trace runs around the whole pipeline call. Inside it every port (a place in a block with taps on it) has a worker of
+its own, an nnsight invoke without input that loops over the executions of that place and shows each to the taps. A worker
+per port keeps them independent: a skipped block or an expert that never runs cannot shift the count of another, and in
+whatever order taps are given, none waits for a place that has gone by. The workers are greenlets and run in step with the
+model, so the step clock, read inside a visitor, is exact; nnsight's own iteration index counts executions of a location
+and is never read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import nnsight
@@ -18,11 +20,16 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import nn
 
 from dit_lens.architectures import Architecture
+from dit_lens.errors import InputError, listed
+from dit_lens.ports import Port, ports
 from dit_lens.taps import Result, Tap
 
 # nnsight mounts `.save` on every Python object, which breaks dataclasses and argparse options of that name in code that
 # has nothing to do with it. Nothing here needs it.
 unmount("save")
+
+ATTENTION_CALL = "dispatch_attention_fn"
+"""The function of diffusers through which an attention processor hands q, k and v to scaled dot-product attention."""
 
 
 class TracingEngine:
@@ -39,49 +46,77 @@ class TracingEngine:
         self._model: Any = None
 
     def call(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
-        """Run `function` in a trace with a worker for every tapped block."""
+        """Run `function` in a trace with a worker for every port that has taps."""
         denoisers = self._architecture.denoisers(self._pipe)
         if self._wrapped != denoisers:
             self._wrapped = denoisers
             self._model = nnsight.NNsight(nn.ModuleDict(denoisers))
-        paths = {expert: self._architecture.block_paths(module) for expert, module in denoisers.items()}
-        workers = [_Worker(self._architecture, self._model, tap, paths[tap.expert][tap.block]) for tap in taps]
-        return _trace(self._model, function, workers)
+        stops = ports(self._architecture, denoisers, taps)
+        workers = [_Worker(self._model, port) for port in stops]
+        with ExitStack() as attached:
+            for port in stops:
+                attached.enter_context(port.remembering())
+            return _trace(self._model, function, workers)
 
 
 class _Worker:
-    """Reads one block each time it runs and hands it to the tap's visitor."""
+    """Shows one port what passes there, each time that something does."""
 
-    def __init__(self, architecture: Architecture, model: Any, tap: Tap, path: str) -> None:
-        self._architecture = architecture
-        self._envoy = model.get(tap.expert).get(path)
-        self._module = self._envoy._module
-        self._tap = tap
+    def __init__(self, model: Any, port: Port) -> None:
+        self._port = port
+        self._envoy = model.get(port.expert).get(port.path)
         self.failure: BaseException | None = None
 
     def follow(self, tracer: Any) -> None:
-        """Visit the block at every execution until the run is over."""
+        """Visit the port at every execution until the run is over."""
+        visit = {"output": self._output, "input": self._input, "attention": self._attention}[self._port.kind]
         for _ in tracer.iter[:]:
             try:
-                self._visit()
+                visit()
             except OutOfOrderError:
                 return  # the run has ended, or never called this expert
             except Exception as failure:
                 self.failure = failure
                 raise
 
-    def _visit(self) -> None:
-        # A function of its own, so that no tensor outlives the visit in the frame of the loop, which stays parked until
-        # the block runs again.
-        envoy, tap, architecture = self._envoy, self._tap, self._architecture
-        before = None
-        if tap.needs_before:
-            args, kwargs = envoy.inputs
-            before = architecture.streams_in(self._module, args, kwargs)
-        output = envoy.output
-        replacement = tap.visit(before, architecture.streams_out(output))
+    # Visits are functions of their own, so that no tensor outlives one in the frame of the loop, which stays parked until
+    # the module runs again.
+
+    def _output(self) -> None:
+        replacement = self._port.visit(self._envoy.output)
         if replacement is not None:
-            envoy.output = architecture.replaced(output, replacement)
+            self._envoy.output = replacement
+
+    def _input(self) -> None:
+        replacement = self._port.visit(self._envoy.input)
+        if replacement is not None:
+            self._envoy.input = replacement
+
+    def _attention(self) -> None:
+        call = self._attention_call()
+        given = call.inputs
+        args, kwargs = self._port.visit_call(*given)
+        if args is not given[0]:
+            call.inputs = (args, kwargs)
+
+    def _attention_call(self) -> Any:
+        """nnsight's node for the call that hands q, k and v on, inside the processor of the attention module.
+
+        Where a processor has several such calls, the last one is the module's own; those before it attend to further
+        keys, as to those of a picture in cross-attention.
+        """
+        path, source = self._port.path, self._envoy.source
+        processors = [name for name in source.names if "processor" in name]
+        if not processors:
+            raise InputError(f"{path} calls no processor, where q, k and v are read; it calls {listed(source.names)}")
+        inside = source.node(processors[-1]).source
+        calls = [name for name in inside.names if name.startswith(ATTENTION_CALL)]
+        if not calls:
+            raise InputError(
+                f"the processor of {path} never calls {ATTENTION_CALL}, where q, k and v are read; engine='hooks' reads"
+                " them from torch's scaled_dot_product_attention"
+            )
+        return inside.node(calls[-1])
 
 
 def _trace(model: Any, function: Callable[[], Result], workers: Sequence[_Worker]) -> Result:

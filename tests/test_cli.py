@@ -89,7 +89,7 @@ def test_describe_and_check(model: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "3 blocks" in capsys.readouterr().out
     assert cli.main(["check", str(model), "--height", "16", "--width", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert all(line.startswith("pass") for line in lines)
 
 

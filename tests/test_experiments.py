@@ -14,11 +14,11 @@ from conftest import tiny_pipeline
 
 import dit_lens as dl
 from dit_lens import reasoner
+from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context, run_experiment
 from dit_lens.reasoner import board
-from dit_lens.record import Activations, Entry
 from dit_lens.report import write_report
 from experiments import probe_map, step_lens, token_energy
 

@@ -176,7 +176,7 @@ def test_only_selectors_and_records_are_recorded(record: Any) -> None:
         ({"block": 3}, "block 3 is out of range: there are 3 blocks"),
         ({"step": 4}, "step 4 is out of range: there are 4 steps"),
         ({"branch": "skip"}, "there is no branch 'skip'"),
-        ({"site": "attn"}, "there is no site 'attn'; write one of resid, update"),
+        ({"site": "attention"}, "there is no site 'attention'; write one of q, k, v"),
         ({"frames": 2}, "frames 2 is out of range: there are 2 latent frames"),
         ({"tokens": torch.ones(8, 8, dtype=torch.bool)}, r"token mask has shape \(8, 8\)"),
     ],

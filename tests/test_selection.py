@@ -89,7 +89,7 @@ def test_names() -> None:
         ({"site": "heads"}, r"there is no site 'heads'; write one of resid, update"),
         ({"stream": "text"}, r"there is no stream 'text'; write one of visual"),
         ({"expert": "transformer_3"}, r"write one of transformer, transformer_2"),
-        ({"head": 1}, r"head= belongs to the site 'heads'"),
+        ({"head": 1}, r"head= belongs to no site of this model"),
         ({"sigma": (1.5, 2.0)}, r"sigma=\(1.5, 2.0\) matches nothing; there is 1, 0.9, 0.6, 0.3"),
         ({"depth": 0.3}, r"depth=0.3 matches nothing; there is 0, 0.25, 0.5, 0.75"),
         ({"depth": "deep"}, r"depth='deep' is no number, list, \(low, high\) or 'all'"),

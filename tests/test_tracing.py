@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dit_lens as dl
 from dit_lens.architectures import WAN
 from dit_lens.hooks import HookEngine
-from dit_lens.taps import Streams, Tap
+from dit_lens.taps import Tap
 from dit_lens.tracing import TracingEngine
 
 
@@ -49,9 +49,9 @@ def test_a_run_that_records_nothing_is_the_plain_pipeline(any_pipe: Any, engine:
 def test_a_run_that_records_everything_is_the_plain_pipeline(any_pipe: Any, engine: str) -> None:
     lens = dl.wrap(any_pipe, engine=engine)
     before = video(any_pipe, lens)
-    run = lens.run(**arguments(any_pipe), seed=3, record=dl.at(site=["resid", "update"]))
+    run = lens.run(**arguments(any_pipe), seed=3, record=dl.at(site="all"))
     assert torch.equal(shown(run), before)
-    assert len(run.activations) == BLOCKS * 4 * 2 * 2
+    assert len(run.activations) == BLOCKS * 4 * 2 * len(WAN.sites)
     assert torch.equal(video(any_pipe, lens), before), "the plain pipeline after a trace"
     untouched(any_pipe)
 
@@ -65,12 +65,12 @@ def test_a_batch_is_recorded_without_changing_it(engine: str) -> None:
 
 
 def test_both_engines_record_the_same_bits(any_pipe: Any) -> None:
-    record = [dl.at(), dl.at(site="update"), dl.Record(dl.at(frames=[1]), dl.norm)]
+    record = [dl.at(site="all"), dl.Record(dl.at(frames=[1]), dl.norm)]
     traced, hooked = (
         dl.wrap(any_pipe, engine=name).run(**arguments(any_pipe), seed=3, record=record) for name in ("nnsight", "hooks")
     )
     assert [entry.cell for entry in traced.activations] == [entry.cell for entry in hooked.activations]
-    assert len(traced.activations) == 3 * BLOCKS * 4 * 2
+    assert len(traced.activations) == (len(WAN.sites) + 1) * BLOCKS * 4 * 2
     for ours, theirs in zip(traced.activations, hooked.activations, strict=True):
         assert torch.equal(ours.tensor, theirs.tensor), ours
 
@@ -108,7 +108,7 @@ def counting_alive(pipe: Any) -> Iterator[list[int]]:
             handle.remove()
 
 
-@pytest.mark.parametrize("site", ["resid", "update"])
+@pytest.mark.parametrize("site", ["resid", "update", "mlp_contribution", "q", "all"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["reducer", "sink"])
 def test_at_most_two_block_outputs_are_alive(image_pipe: Any, engine: str, site: str, streamed: bool) -> None:
     lens = dl.wrap(image_pipe, engine=engine)
@@ -119,24 +119,20 @@ def test_at_most_two_block_outputs_are_alive(image_pipe: Any, engine: str, site:
         run = lens.run(**arguments(image_pipe), record=record)
     assert max(alive[:-1]) <= 2
     assert alive[-1] == 0
-    assert len(sizes if streamed else run.activations) == BLOCKS * 4 * 2
+    sites = len(WAN.sites) if site == "all" else 1
+    assert len(sizes if streamed else run.activations) == BLOCKS * 4 * 2 * sites
 
 
 @pytest.mark.parametrize("engine_class", [TracingEngine, HookEngine])
 def test_a_visitor_may_replace_a_stream(image_pipe: Any, engine_class: type) -> None:
-    """What edits will be built on: zeros after block 1 reach block 2 and the video, the same on both engines."""
+    """What edits will be built on: zeros after block 1 reach the next tap and the video, the same on both engines."""
     lens = dl.wrap(image_pipe, engine="hooks")
     seen: list[Tensor] = []
 
-    def zero(before: Streams | None, after: Streams) -> Streams:
-        assert before is None
-        return {"visual": torch.zeros_like(after["visual"])}
+    def see(tensor: Tensor) -> None:
+        seen.append(tensor)
 
-    def see(before: Streams | None, after: Streams) -> None:
-        assert before is not None
-        seen.append(before["visual"])
-
-    taps = [Tap("transformer", 1, False, zero), Tap("transformer", 2, True, see)]
+    taps = [Tap("transformer", 1, "resid", torch.zeros_like), Tap("transformer", 1, "resid", see)]
     generator = torch.Generator().manual_seed(3)
     call = {**arguments(image_pipe), "generator": [generator], "output_type": "pt"}
     output = engine_class(image_pipe, WAN).call(lambda: image_pipe(**call), taps)

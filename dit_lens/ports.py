@@ -1,0 +1,148 @@
+"""Ports: the places in the modules of a pipeline at which an engine stops.
+
+Several sites can be read at one place (`resid` and `update` are both the output of a block), so an engine attaches one
+hook or one worker to a *port*, and the port shows each of its taps the tensor of its site. All that turns what passes
+there into the tensor of a site, and a replacement back, is here, so that both engines do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_lens.architectures import Architecture
+from dit_lens.errors import InputError
+from dit_lens.sites import Gate, Site
+from dit_lens.taps import Tap
+
+
+class Port:
+    """One place in one block, with the taps on it.
+
+    Attributes:
+        expert: the denoiser that holds the block. path: the module's path in it. kind: `output`, `input`, `attention`.
+        block: the block. module: the module to stop at, in the block or the block itself.
+    """
+
+    def __init__(self, architecture: Architecture, denoiser: nn.Module, taps: Sequence[Tap]) -> None:
+        self._architecture = architecture
+        self._taps = [(tap, architecture.site(tap.site, tap.stream)) for tap in taps]
+        self._heads = architecture.heads(denoiser)
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        tap, site = self._taps[0]
+        path = architecture.block_paths(denoiser)[tap.block]
+        self.expert = tap.expert
+        self.kind = site.port
+        self.path = f"{path}.{site.module}" if site.module else path
+        self.block = denoiser.get_submodule(path)
+        self.module = self.block.get_submodule(site.module)
+
+    def visit(self, value: Any) -> Any:
+        """Show what passes here to every tap; what takes its place, or None when no visitor replaced anything.
+
+        Args:
+            value: what the module returned, its first argument, or (q, k, v) of shape (batch, tokens, heads, channels).
+
+        Raises:
+            InputError: a visitor returned a tensor of another shape, or one for a site that is read-only.
+        """
+        replaced = False
+        for tap, site in self._taps:
+            seen = self._read(value, tap, site)
+            given = tap.visit(seen)
+            if given is None:
+                continue
+            where = f"the site {site.name!r} of block {tap.block}"
+            if site.read_only:
+                raise InputError(f"{where} is read-only; replace {site.name.removesuffix('_contribution')!r} instead")
+            if given.shape != seen.shape:
+                raise InputError(f"{where} has shape {tuple(seen.shape)}, and what is to replace it {tuple(given.shape)}")
+            value = self._written(value, tap, site, given)
+            replaced = True
+        return value if replaced else None
+
+    def visit_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], order: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Show the q, k and v of a call of scaled dot-product attention.
+
+        Args:
+            args, kwargs: its arguments, the first three of which are called query, key and value.
+            order: brings these into the order (batch, tokens, heads, channels), and back.
+
+        Returns:
+            The arguments to call it with, the same objects if no visitor replaced anything.
+        """
+        names = ("query", "key", "value")
+        taken = (*args[:3], *(kwargs[name] for name in names[len(args) :]))
+        replacement = self.visit(tuple(map(order, taken)))
+        if replacement is None:
+            return args, kwargs
+        rest = {name: value for name, value in kwargs.items() if name not in names}
+        return (*map(order, replacement), *args[3:]), rest
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Hold the arguments of the block while it runs, where a site of this port is computed from them.
+
+        A torch hook holds them in both engines: a block that is skipped then leaves nothing of an earlier call behind.
+        """
+        if not any(site.in_float32 for _, site in self._taps):
+            yield
+            return
+        with ExitStack() as hooks:
+            hooks.callback(self._forget)
+            hooks.callback(self.block.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
+            hooks.callback(self.block.register_forward_hook(self._forget).remove)
+            yield
+
+    def _remember(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = (args, kwargs)
+
+    def _forget(self, *_: object) -> None:
+        self._call = ((), {})
+
+    def _passing(self, value: Any, tap: Tap, site: Site) -> Tensor:
+        """The one tensor that a site is about, among those that pass."""
+        if not site.module:
+            return self._architecture.streams_out(value)[tap.stream]
+        return value[site.item] if isinstance(value, tuple) else value
+
+    def _before(self, stream: str) -> Tensor:
+        """The stream that the block took, in float32."""
+        return self._architecture.streams_in(self.block, *self._call)[stream].float()
+
+    def _gate(self, gate: Gate) -> Tensor:
+        """The factor of a contribution in the call under way."""
+        return gate.of(self.block, self._architecture.arguments(self.block, *self._call))
+
+    def _read(self, value: Any, tap: Tap, site: Site) -> Tensor:
+        tensor = self._passing(value, tap, site)
+        if site.measures == "change":
+            return tensor.float() - self._before(tap.stream)
+        if site.measures == "contribution":
+            return tensor.float() * self._gate(site.gate) if site.gate else tensor.float()
+        return tensor.unflatten(-1, (self._heads, -1)) if site.per_head and tensor.ndim == 3 else tensor
+
+    def _written(self, value: Any, tap: Tap, site: Site, given: Tensor) -> Any:
+        old = self._passing(value, tap, site)
+        if site.measures == "change":
+            given = self._before(tap.stream) + given.to(old.device)
+        new = given.reshape(old.shape).to(old)
+        if not site.module:
+            return self._architecture.replaced(value, {tap.stream: new})
+        if not isinstance(value, tuple):
+            return new
+        return (*value[: site.item], new, *value[site.item + 1 :])
+
+
+def ports(architecture: Architecture, denoisers: Mapping[str, nn.Module], taps: Sequence[Tap]) -> list[Port]:
+    """The ports at which an engine has to stop for these taps."""
+    groups: dict[tuple[str, int, str, str], list[Tap]] = {}
+    for tap in taps:
+        site = architecture.site(tap.site, tap.stream)
+        groups.setdefault((tap.expert, tap.block, site.module, site.port), []).append(tap)
+    return [Port(architecture, denoisers[expert], group) for (expert, *_), group in groups.items()]
