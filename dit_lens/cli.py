@@ -225,3 +225,7 @@ def _known(kind: str, name: str, known: dict[str, Any]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"no {kind} {name!r}; there are {listed(known)}{hint}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
