@@ -164,18 +164,18 @@ def clips() -> data.Clips:
 def test_the_vae_learns(clips: data.Clips, team: Team) -> None:
     torch.manual_seed(0)
     vae = tiny_vae()
-    boards = torch.from_numpy(clips.boards[:5])
+    boards = torch.from_numpy(clips.boards)
     weights = train_vae.colour_weights(clips.boards)
 
     def loss() -> float:
         with torch.no_grad():
-            return train_vae.losses(vae, boards, torch.zeros(5, 4, 2, 16, 16), weights)[0].item()
+            return train_vae.losses(vae, boards, torch.zeros(len(boards), 4, 2, 16, 16), weights)[0].item()
 
     before = loss()
-    curve = train_vae.train(vae, clips, steps=40, batch=5, rate=0.05, seed=0, minutes=1, team=team)
+    curve = train_vae.train(vae, clips, steps=40, batch=5, rate=0.02, seed=0, minutes=9, team=team)
     assert [point["step"] for point in curve] == [0, 25, 39]
     assert all(np.isfinite(list(point.values())).all() for point in curve)
-    assert loss() < 0.9 * before
+    assert loss() < 0.8 * before
 
 
 def test_rare_colours_weigh_more(clips: data.Clips) -> None:

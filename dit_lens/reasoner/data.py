@@ -18,12 +18,12 @@ from dit_lens.reasoner.board import PALETTE, PIXELS
 from dit_lens.reasoner.tasks import TASKS
 
 SHARES = {
-    "maze": 0.26,
-    "maze-loops": 0.26,
-    "circle": 0.10,
-    "tictactoe": 0.08,
+    "maze": 0.22,
+    "maze-loops": 0.24,
+    "circle": 0.09,
+    "tictactoe": 0.11,
     "permanence": 0.12,
-    "pattern": 0.08,
+    "pattern": 0.12,
     "bounce": 0.10,
 }
 """Share of each task in training."""

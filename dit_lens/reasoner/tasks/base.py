@@ -189,7 +189,8 @@ class Task(ABC):
 
         For each answer, only the squares count whose final colour no other legal answer shares: there, one minus the
         distance (RGB) of the square's colour to the answer's, over the distance from which it started, clipped to [0, 1],
-        and averaged. An even blend of a square's first and final colours counts one half.
+        and averaged. An even blend of a square's first and final colours counts one half; one of two answers' colours counts
+        less for both, and may count nothing for a dark colour that is blended with white.
         """
         last = board.square_colours(np.asarray(videos)[:, -1])
         return [self._evidence(frame, sample) for frame, sample in zip(last, samples, strict=True)]

@@ -20,7 +20,7 @@ SIZES: dict[str, Bool[np.ndarray, "3 3"]] = {
     "medium": np.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]], dtype=bool),
     "large": np.ones((3, 3), dtype=bool),
 }
-COLOURS: dict[str, Colour] = OBJECT_COLOURS
+COLOURS: dict[str, Colour] = {**OBJECT_COLOURS, "white": Colour.WHITE, "cyan": Colour.CYAN}
 """Colours of objects here; no prompt names them."""
 COLUMNS = 4
 PITCH = 4

@@ -19,7 +19,7 @@ GLYPHS: dict[str, Bool[np.ndarray, "4 4"]] = {
     "X": np.array([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=bool),
     "O": np.array([[0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]], dtype=bool),
 }
-COLOURS = {"X": (Colour.YELLOW,), "O": (Colour.CYAN,)}
+COLOURS = {"X": (Colour.YELLOW, Colour.RED, Colour.WHITE), "O": (Colour.CYAN, Colour.BLUE, Colour.PURPLE)}
 """Colours that a player's marks can have."""
 LINES = tuple([(3 * i, 3 * i + 1, 3 * i + 2) for i in range(3)] + [(i, i + 3, i + 6) for i in range(3)] + [(0, 4, 8), (2, 4, 6)])
 
