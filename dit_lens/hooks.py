@@ -99,21 +99,23 @@ class _Attention(TorchFunctionMode):
         self._port, self._calls = port, 0
 
     def leave(self, port: Port) -> None:
-        """It has ended, and must have called scaled dot-product attention once."""
+        """It has ended, and must have called scaled dot-product attention as often as it does."""
         self._port = None
-        if self._calls != 1:
+        if self._calls != port.calls:
             raise InputError(
                 f"{port.path} called torch's scaled_dot_product_attention {self._calls} times, and the hook engine reads"
-                " q, k and v from the one call: write engine='nnsight', or choose the attention backend 'native'"
+                f" q, k and v from call {port.calls} of {port.calls}: write engine='nnsight', or choose the attention"
+                " backend 'native'"
             )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._port is not None and func is scaled_dot_product_attention:
             self._calls += 1
-            args, kwargs, output = self._port.visit_call(args, kwargs, _swapped)
-            if output is not None:
-                return output
+            if self._calls == self._port.calls:
+                args, kwargs, output = self._port.visit_call(args, kwargs, _swapped)
+                if output is not None:
+                    return output
         return func(*args, **kwargs)
 
 

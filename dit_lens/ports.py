@@ -44,6 +44,7 @@ class Port:
     Attributes:
         expert: the denoiser that holds the block. path: the module's path in it. kind: `output`, `input`, `attention`.
         block: the block. module: the module to stop at, in the block or the block itself.
+        calls: how many calls of attention the module makes, where it is one; the last is the one that is shown.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Port:
         self.path = f"{path}.{place.module}" if place.module else path
         self.block = denoiser.get_submodule(path)
         self.module = self.block.get_submodule(place.module)
+        self.calls = architecture.attention_calls(self.module)
 
     def visit(self, value: Any) -> Any:
         """Show what passes here to every tap; what takes its place, or None when no visitor replaced anything.

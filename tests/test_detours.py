@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import arguments, tiny_pipeline
+from conftest import WIDTH, arguments, tiny_pipeline
+from diffusers import WanTransformer3DModel
 from test_tracing import counting_alive, untouched
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -311,6 +313,36 @@ def test_no_tensor_outlives_a_visit(image_pipe: Any, engine_class: type) -> None
     assert outputs[-1] == 0
     assert len(alive) == 24
     assert not any(alive)
+
+
+@both_engines
+def test_of_several_calls_the_last_is_answered(engine_class: type) -> None:
+    """Cross-attention of Wan 2.1 attends to a picture first; its own call is the one to the text."""
+    torch.manual_seed(0)
+    config = {**tiny_pipeline().transformer.config, "image_dim": 8, "added_kv_proj_dim": WIDTH, "_use_default_values": []}
+    transformer: Any = WanTransformer3DModel.from_config(config)
+    pipe = SimpleNamespace(transformer=transformer)
+    latent, text, image = torch.randn(1, config["in_channels"], 2, 4, 4), torch.randn(1, 512, 8), torch.randn(1, 3, 8)
+    shapes: list[torch.Size] = []
+    outputs: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shapes.append(key.shape)
+        return torch.zeros_like(query)
+
+    def call(*answers: Attention) -> Tensor:
+        taps = [Tap("transformer", BLOCK, "cross_attn", lambda tensor: outputs.append(tensor))]
+        with torch.no_grad():
+            velocity = lambda: transformer(latent, torch.tensor([500]), text, image).sample  # noqa: E731
+            return engine_class(pipe, WAN).call(velocity, taps, (), answers)
+
+    before = call()
+    after = call(Attention("transformer", BLOCK, "cross_attn", attend))
+    assert shapes == [(1, 512, 2, 8)]
+    assert not torch.equal(before, after)
+    bias = transformer.blocks[BLOCK].attn2.to_out[0].bias
+    assert not torch.allclose(outputs[1], bias.expand_as(outputs[1]), atol=1e-3), "the picture is still attended to"
+    assert torch.equal(call(Attention("transformer", BLOCK, "cross_attn", by_torch)), before)
 
 
 def test_half_precision_stays() -> None:

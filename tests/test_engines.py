@@ -123,13 +123,13 @@ def agree(experts: int, asked: list[Wish]) -> None:
     assert all(torch.equal(left[3], right[3]) for left, right in zip(seen, shown, strict=True))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(wishes(experts=1))
 def test_both_engines_do_the_same_to_one_expert(asked: list[Wish]) -> None:
     agree(1, asked)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(wishes(experts=2))
 def test_both_engines_do_the_same_to_two_experts(asked: list[Wish]) -> None:
     agree(2, asked)
