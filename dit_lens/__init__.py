@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
+from dit_lens.attention_maps import frame_map, token_map
 from dit_lens.errors import InputError
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
@@ -44,6 +45,7 @@ __all__ = [
     "Selector",
     "Site",
     "at",
+    "frame_map",
     "frame_mean",
     "full",
     "load",
@@ -51,6 +53,7 @@ __all__ = [
     "reasoner",
     "region_mean",
     "register",
+    "token_map",
     "wrap",
     "x0_hat",
 ]

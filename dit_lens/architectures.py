@@ -56,6 +56,8 @@ class Architecture:
         streams: the token streams that a block returns, in the order in which it returns them.
         parameters: the parameters of the block's `forward` that bring these streams in, same order.
         sites: the tensors of a block that can be read, in the order in which it computes them.
+        further_keys: attribute of an attention module that is None unless the module makes a call to further keys, as to
+            those of a picture, before its own; empty where there are none.
         branches: the guidance branches in the order in which one step calls them.
         guidance: `sequential` when every branch is a call of its own.
         guided_above: guidance runs when `guidance_scale` is greater than this.
@@ -69,6 +71,7 @@ class Architecture:
     streams: tuple[str, ...] = ("visual",)
     parameters: tuple[str, ...] = ("hidden_states",)
     sites: tuple[Site, ...] = BLOCK_SITES
+    further_keys: str = ""
     branches: tuple[str, ...] = ("cond", "uncond")
     guidance: str = "sequential"
     guided_above: float = 1.0
@@ -117,6 +120,10 @@ class Architecture:
             f" {listed(dict.fromkeys(site.name for site in self.sites))} in {listed(self.streams)}"
         )
 
+    def attention_calls(self, module: nn.Module) -> int:
+        """How many calls of scaled dot-product attention a module makes; the last one is its own."""
+        return 1 if getattr(module, self.further_keys, None) is None else 2
+
     def expert_at(self, pipe: Any, timestep: float) -> str:
         """Name of the expert that the pipeline calls at this timestep."""
         experts = list(self.denoisers(pipe))
@@ -147,6 +154,11 @@ class Architecture:
         returned = output if isinstance(output, tuple) else (output,)
         return dict(zip(self.streams, returned, strict=True))
 
+    def returned(self, streams: Mapping[str, Tensor]) -> Any:
+        """What a block call returns whose streams are these."""
+        first, *rest = (streams[name] for name in self.streams)
+        return (first, *rest) if rest else first
+
     def replaced(self, output: Any, streams: Mapping[str, Tensor]) -> Any:
         """A block's return value with some of its streams replaced, in the structure in which it came."""
         merged = tuple({**self.streams_out(output), **streams}.values())
@@ -168,6 +180,7 @@ WAN = Architecture(
         Site("mlp_contribution", "ffn", measures="contribution", gate=Gate(5)),
         *BLOCK_SITES,
     ),
+    further_keys="add_k_proj",
 )
 
 _registered: list[Architecture] = [WAN]

@@ -101,3 +101,11 @@ def test_a_stream_is_replaced_in_the_structure_it_came_in() -> None:
     assert replaced[0] is old
     assert replaced[1] is new
     assert WAN.replaced(old, {"visual": new}) is new
+
+
+def test_streams_that_are_handed_on_are_what_the_block_returns() -> None:
+    visual, text = torch.zeros(1), torch.ones(1)
+    returned = JOINT.returned({"visual": visual, "text": text})
+    assert JOINT.streams_out(returned)["visual"] is visual
+    assert JOINT.streams_out(returned)["text"] is text
+    assert WAN.returned({"visual": visual}) is visual
