@@ -147,6 +147,11 @@ class Architecture:
         returned = output if isinstance(output, tuple) else (output,)
         return dict(zip(self.streams, returned, strict=True))
 
+    def returned(self, streams: Mapping[str, Tensor]) -> Any:
+        """What a block call returns whose streams are these."""
+        first, *rest = (streams[name] for name in self.streams)
+        return (first, *rest) if rest else first
+
     def replaced(self, output: Any, streams: Mapping[str, Tensor]) -> Any:
         """A block's return value with some of its streams replaced, in the structure in which it came."""
         merged = tuple({**self.streams_out(output), **streams}.values())

@@ -2,7 +2,8 @@
 
 A forward hook sees what a module returns, a forward pre-hook what it takes, and both may replace it, at about ten
 microseconds a block. Queries, keys and values pass through no module once they are normalised and rotated; a torch
-function mode sees them where the attention hands them to torch.
+function mode sees them where the attention hands them to torch, and answers for it. A block that is bypassed has another
+`forward` meanwhile.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dit_lens.architectures import Architecture
+from dit_lens.detours import Detour, detours
 from dit_lens.errors import InputError
 from dit_lens.ports import Port, ports
-from dit_lens.taps import Result, Tap
+from dit_lens.taps import Attention, Bypass, Result, Tap, replaced_attribute
 
 
 class HookEngine:
@@ -29,9 +31,17 @@ class HookEngine:
         self._pipe = pipe
         self._architecture = architecture
 
-    def call(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
+    def call(
+        self,
+        function: Callable[[], Result],
+        taps: Sequence[Tap],
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
+    ) -> Result:
         """Run `function` with a hook on every tapped module; the hooks go with the call, also when it fails."""
-        stops = ports(self._architecture, self._architecture.denoisers(self._pipe), taps)
+        denoisers = self._architecture.denoisers(self._pipe)
+        stops = ports(self._architecture, denoisers, taps, attentions)
+        ways = detours(self._architecture, denoisers, bypasses)
         attention = _Attention()
         with ExitStack() as attached:
             for port in stops:
@@ -40,9 +50,22 @@ class HookEngine:
             # After the hooks that visit: of the hooks of one block, the last forgets its arguments.
             for port in stops:
                 attached.enter_context(port.remembering())
+            for detour in ways:
+                attached.enter_context(replaced_attribute(detour.block, "forward", _forward(detour)))
             if any(port.kind == "attention" for port in stops):
                 attached.enter_context(attention)
             return function()
+
+
+def _forward(detour: Detour) -> Callable[..., Any]:
+    """The `forward` of a block, with its detour before it; the hooks of the block are around both."""
+    forward = detour.block.forward
+
+    def forward_or_around(*args: Any, **kwargs: Any) -> Any:
+        handed_on = detour.handed_on(args, kwargs)
+        return forward(*args, **kwargs) if handed_on is None else handed_on
+
+    return forward_or_around
 
 
 def _hooks(port: Port, attention: _Attention) -> list[RemovableHandle]:
@@ -88,7 +111,9 @@ class _Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._port is not None and func is scaled_dot_product_attention:
             self._calls += 1
-            args, kwargs = self._port.visit_call(args, kwargs, _swapped)
+            args, kwargs, output = self._port.visit_call(args, kwargs, _swapped)
+            if output is not None:
+                return output
         return func(*args, **kwargs)
 
 

@@ -2,43 +2,68 @@
 
 Several sites can be read at one place (`resid` and `update` are both the output of a block), so an engine attaches one
 hook or one worker to a *port*, and the port shows each of its taps the tensor of its site. All that turns what passes
-there into the tensor of a site, and a replacement back, is here, so that both engines do the same.
+there into the tensor of a site, and a replacement back, is here, so that both engines do the same; so is what
+answers the call of an attention at its port.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture
-from dit_lens.errors import InputError
+from dit_lens.errors import InputError, listed
 from dit_lens.sites import Gate, Site
-from dit_lens.taps import Tap
+from dit_lens.taps import Attention, Tap
+
+CALL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+"""The parameters of scaled dot-product attention in their order, in torch and in diffusers' dispatch to it."""
+
+ATTENTION_SITES = ("attn", "cross_attn")
+"""The sites whose module is an attention."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a port is: the expert, the number of the block, the module in the block, and the kind of port there."""
+
+    expert: str
+    block: int
+    module: str
+    kind: str
 
 
 class Port:
-    """One place in one block, with the taps on it.
+    """One place in one block, with the taps and attentions on it.
 
     Attributes:
         expert: the denoiser that holds the block. path: the module's path in it. kind: `output`, `input`, `attention`.
         block: the block. module: the module to stop at, in the block or the block itself.
     """
 
-    def __init__(self, architecture: Architecture, denoiser: nn.Module, taps: Sequence[Tap]) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        denoiser: nn.Module,
+        place: Place,
+        taps: Sequence[Tap],
+        attentions: Sequence[Attention] = (),
+    ) -> None:
         self._architecture = architecture
         self._taps = [(tap, architecture.site(tap.site, tap.stream)) for tap in taps]
+        self._attentions = attentions
         self._heads = architecture.heads(denoiser)
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        tap, site = self._taps[0]
-        path = architecture.block_paths(denoiser)[tap.block]
-        self.expert = tap.expert
-        self.kind = site.port
-        self.path = f"{path}.{site.module}" if site.module else path
+        path = architecture.block_paths(denoiser)[place.block]
+        self.expert = place.expert
+        self.kind = place.kind
+        self.path = f"{path}.{place.module}" if place.module else path
         self.block = denoiser.get_submodule(path)
-        self.module = self.block.get_submodule(site.module)
+        self.module = self.block.get_submodule(place.module)
 
     def visit(self, value: Any) -> Any:
         """Show what passes here to every tap; what takes its place, or None when no visitor replaced anything.
@@ -66,23 +91,60 @@ class Port:
 
     def visit_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], order: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Show the q, k and v of a call of scaled dot-product attention.
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+        """Show the q, k and v of a call of scaled dot-product attention, to the taps and then to the attentions.
 
         Args:
             args, kwargs: its arguments, the first three of which are called query, key and value.
             order: brings these into the order (batch, tokens, heads, channels), and back.
 
         Returns:
-            The arguments to call it with, the same objects if no visitor replaced anything.
+            The arguments to call it with, the same objects if no visitor replaced anything; and the output to take in
+            place of a call, in the order of the arguments, or None to call.
+
+        Raises:
+            InputError: as `visit`; or an attention answered with another shape, beside another one, or to a call that
+                is more than a softmax over all keys.
         """
-        names = ("query", "key", "value")
-        taken = (*args[:3], *(kwargs[name] for name in names[len(args) :]))
-        replacement = self.visit(tuple(map(order, taken)))
-        if replacement is None:
-            return args, kwargs
-        rest = {name: value for name, value in kwargs.items() if name not in names}
-        return (*map(order, replacement), *args[3:]), rest
+        names = CALL[:3]
+        taken = tuple(map(order, (*args[:3], *(kwargs[name] for name in names[len(args) :]))))
+        replacement = self.visit(taken)
+        call = {**dict(zip(CALL, args, strict=False)), **kwargs}
+        query, key, value = taken if replacement is None else replacement
+        output = self._attended(query, key, value, call)
+        if replacement is not None:
+            rest = {name: value for name, value in kwargs.items() if name not in names}
+            args, kwargs = (*map(order, replacement), *args[3:]), rest
+        return args, kwargs, None if output is None else order(output)
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, call: Mapping[str, Any]) -> Tensor | None:
+        """What the attentions answer to a call with these q, k and v; None when they leave it alone."""
+        if not self._attentions:
+            return None
+        self._plain(call, query.shape[-1])
+        where = f"the attention call of {self.path}"
+        shape = (*query.shape[:3], value.shape[-1])
+        answer = None
+        for attention in self._attentions:
+            given = attention.attend(query, key, value)
+            if given is None:
+                continue
+            if given.shape != shape:
+                raise InputError(f"{where} returns shape {shape}, and what is to take its place has {tuple(given.shape)}")
+            if answer is not None:
+                raise InputError(f"{where} was answered twice; give one attention for each module and moment")
+            answer = given.to(query)
+        return answer
+
+    def _plain(self, call: Mapping[str, Any], channels: int) -> None:
+        """Refuse a call that is more than softmax(q k^T / sqrt(channels)) v over all keys."""
+        allowed = {"attn_mask": (None,), "dropout_p": (None, 0), "is_causal": (None, False), "scale": (None, channels**-0.5)}
+        extras = [name for name in CALL[3:] if isinstance(call.get(name), Tensor) or call.get(name) not in allowed[name]]
+        if extras:
+            raise InputError(
+                f"the attention call of {self.path} already has {listed(extras)}, and attention is edited and recomputed"
+                " only where every query sees every key; choose another block or site"
+            )
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
@@ -139,10 +201,20 @@ class Port:
         return (*value[: site.item], new, *value[site.item + 1 :])
 
 
-def ports(architecture: Architecture, denoisers: Mapping[str, nn.Module], taps: Sequence[Tap]) -> list[Port]:
-    """The ports at which an engine has to stop for these taps."""
-    groups: dict[tuple[str, int, str, str], list[Tap]] = {}
+def ports(
+    architecture: Architecture,
+    denoisers: Mapping[str, nn.Module],
+    taps: Sequence[Tap],
+    attentions: Sequence[Attention] = (),
+) -> list[Port]:
+    """The ports at which an engine has to stop for these taps and attentions."""
+    groups: dict[Place, tuple[list[Tap], list[Attention]]] = {}
     for tap in taps:
         site = architecture.site(tap.site, tap.stream)
-        groups.setdefault((tap.expert, tap.block, site.module, site.port), []).append(tap)
-    return [Port(architecture, denoisers[expert], group) for (expert, *_), group in groups.items()]
+        groups.setdefault(Place(tap.expert, tap.block, site.module, site.port), ([], []))[0].append(tap)
+    for attention in attentions:
+        if attention.site not in ATTENTION_SITES:
+            raise InputError(f"{attention.site!r} is no attention module; write {' or '.join(map(repr, ATTENTION_SITES))}")
+        module = architecture.site(attention.site).module
+        groups.setdefault(Place(attention.expert, attention.block, module, "attention"), ([], []))[1].append(attention)
+    return [Port(architecture, denoisers[place.expert], place, *group) for place, group in groups.items()]

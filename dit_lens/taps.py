@@ -1,13 +1,15 @@
-"""Taps: where an engine stops during a run, and what it shows there.
+"""Taps, bypasses and attentions: where an engine stops during a run, and what it shows there.
 
-Two engines run a pipeline, `tracing` (nnsight) and `hooks` (plain torch). Both do one thing only: run a callable and,
-each time a tapped site is computed, hand its tensor to the tap's visitor, which may return another tensor to take its
-place. What step or branch it is, the visitor asks the step clock; engines count nothing.
+Two engines run a pipeline, `tracing` (nnsight) and `hooks` (plain torch). Both run a callable and stop at three kinds of
+places. Each time a tapped site is computed, its tensor goes to the tap's visitor, which may return another tensor to take
+its place. Each time a block is about to run, a bypass may hand on streams in its place. Each time an attention module
+calls scaled dot-product attention, an attention may answer the call. What step or branch it is, each of them asks the
+step clock; engines count nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -40,12 +42,61 @@ class Tap:
     stream: str = "visual"
 
 
+@dataclass(frozen=True)
+class Bypass:
+    """A way around one block, asked for each time that the block is about to run.
+
+    A block that is bypassed does not run: nothing inside it is visited, while taps on `resid` and `update` see what is
+    handed on, and what they replace goes on from there.
+
+    Attributes:
+        expert, block: as for a tap.
+        instead: called with the streams that the block takes, by name; returns the streams to hand on in its place, by
+            name, each of the shape that the block takes it in (one that is left out is handed on as it came), or None to
+            let the block run.
+    """
+
+    expert: str
+    block: int
+    instead: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An answer to the call of scaled dot-product attention in one module, asked for at every call.
+
+    Attributes:
+        expert, block: as for a tap.
+        site: `attn` or `cross_attn`, the site whose module makes the call.
+        attend: called with the queries, keys and values of the call, (batch, tokens, heads, channels), as all taps left
+            them; returns the call's output, (batch, query tokens, heads, channels), or None to leave the call alone.
+    """
+
+    expert: str
+    block: int
+    site: str
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What both engines offer."""
 
-    def call(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
-        """Run `function`, which calls the pipeline, with the taps in place; nothing of them stays afterwards."""
+    def call(
+        self,
+        function: Callable[[], Result],
+        taps: Sequence[Tap],
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
+    ) -> Result:
+        """Run `function`, which calls the pipeline, with all of them in place; nothing of them stays afterwards.
+
+        Whoever gives a module of a denoiser another `forward` for a while does so inside `function`: an engine may keep
+        the one that it finds.
+
+        Raises:
+            InputError: a site, block or answer that does not fit; two bypasses, or two attentions, that both answer.
+        """
         ...
 
 

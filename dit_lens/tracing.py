@@ -20,9 +20,10 @@ from nnsight.intervention.interleaver import OutOfOrderError
 from torch import nn
 
 from dit_lens.architectures import Architecture
+from dit_lens.detours import Detour, detours
 from dit_lens.errors import InputError, listed
 from dit_lens.ports import Port, ports
-from dit_lens.taps import Result, Tap
+from dit_lens.taps import Attention, Bypass, Result, Tap
 
 # nnsight mounts `.save` on every Python object, which breaks dataclasses and argparse options of that name in code that
 # has nothing to do with it. Nothing here needs it.
@@ -45,14 +46,20 @@ class TracingEngine:
         self._wrapped: dict[str, nn.Module] = {}
         self._model: Any = None
 
-    def call(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
-        """Run `function` in a trace with a worker for every port that has taps."""
+    def call(
+        self,
+        function: Callable[[], Result],
+        taps: Sequence[Tap],
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
+    ) -> Result:
+        """Run `function` in a trace with a worker for every port and every detour."""
         denoisers = self._architecture.denoisers(self._pipe)
         if self._wrapped != denoisers:
             self._wrapped = denoisers
             self._model = nnsight.NNsight(nn.ModuleDict(denoisers))
-        stops = ports(self._architecture, denoisers, taps)
-        workers = [_Worker(self._model, port) for port in stops]
+        stops = ports(self._architecture, denoisers, taps, attentions)
+        workers = [_Worker(self._model, stop) for stop in (*detours(self._architecture, denoisers, bypasses), *stops)]
         with ExitStack() as attached:
             for port in stops:
                 attached.enter_context(port.remembering())
@@ -60,16 +67,17 @@ class TracingEngine:
 
 
 class _Worker:
-    """Shows one port what passes there, each time that something does."""
+    """Shows one port what passes there, each time that something does; or leads around a block."""
 
-    def __init__(self, model: Any, port: Port) -> None:
-        self._port = port
-        self._envoy = model.get(port.expert).get(port.path)
+    def __init__(self, model: Any, stop: Port | Detour) -> None:
+        self._stop = stop
+        self._envoy = model.get(stop.expert).get(stop.path)
         self.failure: BaseException | None = None
 
     def follow(self, tracer: Any) -> None:
-        """Visit the port at every execution until the run is over."""
-        visit = {"output": self._output, "input": self._input, "attention": self._attention}[self._port.kind]
+        """Stop at every execution until the run is over."""
+        kinds = {"output": self._output, "input": self._input, "attention": self._attention, "detour": self._detour}
+        visit = kinds[self._stop.kind]
         for _ in tracer.iter[:]:
             try:
                 visit()
@@ -95,9 +103,24 @@ class _Worker:
     def _attention(self) -> None:
         call = self._attention_call()
         given = call.inputs
-        args, kwargs = self._port.visit_call(*given)
+        args, kwargs, output = self._port.visit_call(*given)
         if args is not given[0]:
             call.inputs = (args, kwargs)
+        if output is not None:
+            call.skip(output)
+
+    def _detour(self) -> None:
+        # nnsight asks whether to skip a block after it has shown the block's arguments, and shows what is handed on as
+        # the block's output; nothing inside the block is reached then, and the count of nothing else moves.
+        assert isinstance(self._stop, Detour)
+        handed_on = self._stop.handed_on(*self._envoy.inputs)
+        if handed_on is not None:
+            self._envoy.skip(handed_on)
+
+    @property
+    def _port(self) -> Port:
+        assert isinstance(self._stop, Port)
+        return self._stop
 
     def _attention_call(self) -> Any:
         """nnsight's node for the call that hands q, k and v on, inside the processor of the attention module.

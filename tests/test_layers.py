@@ -30,7 +30,7 @@ dit_lens.schedule
 dit_lens.selection
 dit_lens.activations dit_lens.reducers
 dit_lens.record
-dit_lens.ports
+dit_lens.ports dit_lens.detours
 dit_lens.hooks dit_lens.tracing
 dit_lens.run dit_lens.replay
 dit_lens.batching dit_lens.loading dit_lens.describe
