@@ -21,6 +21,7 @@ from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
 from dit_lens.calls import DenoiserCall
 from dit_lens.errors import InputError
+from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
 from dit_lens.record import Record
@@ -48,9 +49,12 @@ __all__ = [
     "Run",
     "Selector",
     "Site",
+    "TunedLens",
     "at",
+    "fit_tuned_lens",
     "frame_mean",
     "full",
+    "layer_lens",
     "load",
     "norm",
     "reasoner",

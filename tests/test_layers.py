@@ -35,6 +35,7 @@ dit_lens.hooks dit_lens.tracing
 dit_lens.run dit_lens.replay
 dit_lens.batching dit_lens.loading dit_lens.describe
 dit_lens.lens
+dit_lens.layer_lens
 dit_lens
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots
