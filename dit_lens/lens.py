@@ -180,6 +180,8 @@ class Lens:
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
         with self._alone(progress):
             foreseen = self._forecast(inputs)
+            if records or answers or keep_calls:
+                self._check_uncached()
             self._check_until(until, decode, foreseen)
             recorder = self._recorder(records, foreseen, limit_bytes) if records else None
             stored = Answers(answers or {}, foreseen, self.pipe, self.architecture)
@@ -227,6 +229,7 @@ class Lens:
         Raises:
             InputError: a selection matches nothing in this call, or the call cannot be made again.
         """
+        self._check_uncached()
         call.check_unchanged()
         denoiser, foreseen = self.architecture.denoisers(self.pipe)[call.expert], forecast_of(call)
         records = as_records(record)
@@ -296,6 +299,12 @@ class Lens:
 
         return TracingEngine(self.pipe, self.architecture)
 
+    def _check_uncached(self) -> None:
+        denoisers = self.architecture.denoisers(self.pipe)
+        cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
+        if cached:
+            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() first")
+
     def _check_until(self, until: int | None, decode: bool, foreseen: Forecast) -> None:
         steps = len(foreseen.timesteps)
         if until is not None and not 0 <= until < steps:
@@ -305,9 +314,6 @@ class Lens:
 
     def _recorder(self, records: tuple[Record, ...], foreseen: Forecast, limit_bytes: int) -> Recorder:
         denoisers = self.architecture.denoisers(self.pipe)
-        cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
-        if cached:
-            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() before recording")
         extent = Extent(
             blocks={name: len(self.architecture.block_list(module)) for name, module in denoisers.items()},
             forecast=foreseen,

@@ -153,7 +153,8 @@ class StepClock:
             # What the pipeline does itself where its loop ends.
             if hasattr(self.pipe, "_current_timestep"):
                 self.pipe._current_timestep = None
-            self.pipe.maybe_free_model_hooks()
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()
             return None
 
     def __enter__(self) -> StepClock:

@@ -140,6 +140,18 @@ def test_a_call_made_again_gives_the_same_bits(pipe: Any, engine: str) -> None:
             assert ran == [(call.expert, index) for index in range(block, BLOCKS)]
 
 
+def test_half_precision_is_served_as_it_was(engine: str) -> None:
+    pipe = tiny_pipeline(WanPipeline, 2).to(torch.bfloat16)
+    lens = dl.wrap(pipe, engine=engine)
+    run = lens.run(**batch(pipe), record=dl.at(block=1), keep_calls=True, decode=False)
+    assert run.velocity(1, "cond").dtype == torch.bfloat16
+    answers: dict[tuple[int, str], Any] = run.answers(before=2)
+    answers[2, "cond"] = dl.Resume(2, run.activation(1, 2, "cond"))
+    assert_same(lens.run(**batch(pipe), answers=answers, decode=False), run)
+    for place, call in run.calls.items():
+        assert torch.equal(lens.replay(call).velocity, run.velocity(*place))
+
+
 def test_an_edit_does_in_a_replay_what_it_does_in_the_run(image_pipe: Any, engine: str) -> None:
     """The same taps and bypasses, in a whole run by hand and in one call."""
     lens = dl.wrap(image_pipe, engine=engine)
