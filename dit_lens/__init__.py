@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
+from dit_lens.attention_maps import frame_map, token_map
 from dit_lens.calls import DenoiserCall
 from dit_lens.errors import InputError
 from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
@@ -52,6 +53,7 @@ __all__ = [
     "TunedLens",
     "at",
     "fit_tuned_lens",
+    "frame_map",
     "frame_mean",
     "full",
     "layer_lens",
@@ -60,6 +62,7 @@ __all__ = [
     "reasoner",
     "region_mean",
     "register",
+    "token_map",
     "wrap",
     "x0_hat",
 ]
