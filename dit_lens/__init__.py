@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
 from dit_lens.attention_maps import frame_map, token_map
+from dit_lens.calls import DenoiserCall
 from dit_lens.errors import InputError
+from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
 from dit_lens.record import Record
 from dit_lens.reducers import frame_mean, full, norm, region_mean
+from dit_lens.replay import Replay, Resume
 from dit_lens.run import Run
 from dit_lens.selection import Cell, Selector, at
 from dit_lens.sites import Gate, Site
@@ -36,18 +39,24 @@ __all__ = [
     "Activations",
     "Architecture",
     "Cell",
+    "DenoiserCall",
     "Gate",
     "InputError",
     "Layout",
     "Lens",
     "Record",
+    "Replay",
+    "Resume",
     "Run",
     "Selector",
     "Site",
+    "TunedLens",
     "at",
+    "fit_tuned_lens",
     "frame_map",
     "frame_mean",
     "full",
+    "layer_lens",
     "load",
     "norm",
     "reasoner",

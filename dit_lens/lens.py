@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +26,16 @@ from torch import Tensor
 from dit_lens import batching, loading
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, lookup
+from dit_lens.calls import DenoiserCall, sample_of
 from dit_lens.describe import Description, describe
 from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
 from dit_lens.record import Record, Recorder, as_records
+from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
 from dit_lens.run import Run
 from dit_lens.schedule import Forecast, StepClock, forecast
 from dit_lens.selection import Extent, Selector
-from dit_lens.taps import Engine, Result, Tap, replaced_attribute, to_host
+from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute, to_host
 
 ENGINES = ("nnsight", "hooks")
 LIMIT_BYTES = 4 * 10**9
@@ -142,6 +144,9 @@ class Lens:
         decode: bool = True,
         progress: bool = False,
         limit_bytes: int = LIMIT_BYTES,
+        keep_calls: bool = False,
+        answers: Mapping[tuple[int, str], Tensor | Resume] | None = None,
+        until: int | None = None,
         **inputs: Any,
     ) -> Run:
         """Run the pipeline, with its trajectory and what `record` selects.
@@ -153,6 +158,10 @@ class Lens:
             decode: whether to decode the video.
             progress: whether to show the pipeline's progress bar.
             limit_bytes: refuse a run that would keep more than this of activations.
+            keep_calls: whether to keep every denoiser call in `Run.calls`, for `replay`.
+            answers: what is known of denoiser calls, by (step, branch), and need not be computed again: the output (see
+                `Run.answers`), or a `dl.Resume` with the streams that some block takes.
+            until: the last step to run; the run then ends there, without a video.
             inputs: the pipeline's own keyword arguments. `prompt` may be a list; images may be PIL images, lists of
                 them, or tensors of shape (3, H, W) or (P, 3, H, W) in [0, 1].
 
@@ -170,13 +179,78 @@ class Lens:
         records = as_records(record)
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
         with self._alone(progress):
-            recorder = self._recorder(records, inputs, limit_bytes) if records else None
-            clock = StepClock(self.pipe, self.architecture, recorder.begin if recorder else None)
+            foreseen = self._forecast(inputs)
+            if records or answers or keep_calls:
+                self._check_uncached()
+            self._check_until(until, decode, foreseen)
+            recorder = self._recorder(records, foreseen, limit_bytes) if records else None
+            stored = Answers(answers or {}, foreseen, self.pipe, self.architecture)
+            stored.check_reach(recorder.cells if recorder else ())
+            begin = recorder.begin if recorder else None
+            clock = StepClock(self.pipe, self.architecture, begin, keep_calls=keep_calls, until=until)
+
+            def run() -> Any:
+                with stored.serving(clock):
+                    return clock.stopping(lambda: self.pipe(**arguments))
+
             with clock, call.context(self.pipe):
-                output = self._tapped(lambda: self.pipe(**arguments), recorder.taps if recorder else ())
+                output = self._tapped(run, recorder.taps if recorder else (), stored.bypasses(clock))
+            stored.check_asked(clock.step)
         activations = recorder.finish() if recorder else Activations()
         video = to_host(output.frames.movedim(2, -1)) if decode else None
         return self._run(call, clock, video, activations)
+
+    def replay(
+        self,
+        call: DenoiserCall,
+        record: Selector | Record | Iterable[Selector | Record] = (),
+        taps: Sequence[Tap] = (),
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
+        resume: Resume | None = None,
+        gradients: bool = False,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> Replay:
+        """Make one denoiser call again, alone: no text is encoded, no other step runs, nothing is decoded.
+
+        Args:
+            call: one of `Run.calls`, of a run of this lens.
+            record: as for `run`; what belongs to other calls is not looked for.
+            taps, bypasses, attentions: what an engine does on the way. The visitors of taps get the tensors themselves,
+                with gradients those of the graph.
+            resume: where to start, and from which stored streams, instead of at the first block.
+            gradients: whether to keep the graph, from the latents (or the streams of `resume`) to the velocity. Weights
+                have no part in it.
+            limit_bytes: as for `run`.
+
+        Returns:
+            The velocity, the same bits as the denoiser's output in the run where nothing is changed, and what was recorded.
+
+        Raises:
+            InputError: a selection matches nothing in this call, or the call cannot be made again.
+        """
+        self._check_uncached()
+        call.check_unchanged()
+        denoiser, foreseen = self.architecture.denoisers(self.pipe)[call.expert], forecast_of(call)
+        records = as_records(record)
+        if gradients:
+            call, resume = with_leaves(call, resume)
+        with self._alone(progress=False), differentiable(denoiser) if gradients else torch.no_grad():
+            start = {} if resume is None else {(call.step, call.branch): resume}
+            stored = Answers(start, foreseen, self.pipe, self.architecture)
+            clock = clock_of(call, self.pipe, self.architecture)
+            recorder = self._recorder(records, foreseen, limit_bytes) if records else None
+            if recorder is not None:
+                stored.check_reach(recorder.cells)
+                recorder.begin(clock)
+            output = self._tapped(
+                lambda: denoiser(*call.args, **call.kwargs),
+                [*taps, *(recorder.taps if recorder else ())],
+                [*stored.bypasses(clock), *bypasses],
+                attentions,
+            )
+        activations = recorder.finish() if recorder else Activations()
+        return Replay(call, sample_of(output), activations)
 
     def decode(
         self, latents: Float[Tensor, "*batch channels frames height width"], rows: int | None = None
@@ -204,9 +278,17 @@ class Lens:
                 videos.append(to_host(frames.movedim(2, -1)))
         return torch.cat(videos).unflatten(0, leading) if leading else torch.cat(videos)[0]
 
-    def _tapped(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
-        """Run a function with taps in place; without any, no engine has a part in it."""
-        return self._engine.call(function, taps) if taps else function()
+    def _tapped(
+        self,
+        function: Callable[[], Result],
+        taps: Sequence[Tap],
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
+    ) -> Result:
+        """Run a function with taps and the like in place; without any, no engine has a part in it."""
+        if not (taps or bypasses or attentions):
+            return function()
+        return self._engine.call(function, taps, bypasses, attentions)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -217,14 +299,24 @@ class Lens:
 
         return TracingEngine(self.pipe, self.architecture)
 
-    def _recorder(self, records: tuple[Record, ...], inputs: dict[str, Any], limit_bytes: int) -> Recorder:
+    def _check_uncached(self) -> None:
         denoisers = self.architecture.denoisers(self.pipe)
         cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
         if cached:
-            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() before recording")
+            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() first")
+
+    def _check_until(self, until: int | None, decode: bool, foreseen: Forecast) -> None:
+        steps = len(foreseen.timesteps)
+        if until is not None and not 0 <= until < steps:
+            raise InputError(f"until={until} is no step of this run; write 0 to {steps - 1}")
+        if until is not None and decode:
+            raise InputError(f"a run until step {until} ends before there is a video; write decode=False")
+
+    def _recorder(self, records: tuple[Record, ...], foreseen: Forecast, limit_bytes: int) -> Recorder:
+        denoisers = self.architecture.denoisers(self.pipe)
         extent = Extent(
             blocks={name: len(self.architecture.block_list(module)) for name, module in denoisers.items()},
-            forecast=self._forecast(inputs),
+            forecast=foreseen,
             branches=self.architecture.branches,
             streams=self.architecture.streams,
             sites=self.architecture.sites,
@@ -250,6 +342,7 @@ class Lens:
             weights=tuple(clock.weights),
             video=video,
             activations=activations,
+            calls=clock.calls,
         )
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
+from dit_lens.calls import DenoiserCall
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import weighted
 from dit_lens.selection import Cell
@@ -45,6 +46,7 @@ class Run:
         weights: (a, b) of x0-hat = a * latents + b * output for each step, or None where there is no x0-hat.
         video: values in [0, 1] (its frames and pixels are not those of the latents), or None when it was not decoded.
         activations: what was recorded.
+        calls: every call of a denoiser by (step, branch), when they were asked for; on the model's device, and not saved.
     """
 
     seeds: tuple[int, ...]
@@ -60,6 +62,7 @@ class Run:
     weights: tuple[tuple[float, float] | None, ...] = field(repr=False)
     video: Float[Tensor, "batch video_frames video_height video_width 3"] | None = None
     activations: Activations = field(default_factory=Activations)
+    calls: Mapping[tuple[int, str], DenoiserCall] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -79,6 +82,15 @@ class Run:
         if branch not in self.outputs:
             raise InputError(f"this run has no branch {branch!r}; write one of {listed(self.outputs)}")
         return self.outputs[branch][self._step(step)]
+
+    def answers(self, before: int | None = None) -> dict[tuple[int, str], Tensor]:
+        """The denoiser's outputs by (step, branch), for the `answers=` of a run that begins as this one did.
+
+        Args:
+            before: the first step that is left out; all steps are in when left out.
+        """
+        steps = self.steps if before is None else self._step(before)
+        return {(step, branch): self.outputs[branch][step] for step in range(steps) for branch in self.branches}
 
     def x0_hat(self, step: int, branch: str = "guided") -> Float[Tensor, "batch channels frames height width"]:
         """The clean latents that the denoiser's output at a step implies, in float32.
