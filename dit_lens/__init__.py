@@ -19,6 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
+from dit_lens.directions import (
+    Direction,
+    Eraser,
+    cosine,
+    difference_of_means,
+    differences_of_means,
+    from_probe,
+    project,
+    random_directions,
+)
 from dit_lens.errors import InputError
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
@@ -27,6 +37,7 @@ from dit_lens.reducers import frame_mean, full, norm, region_mean
 from dit_lens.run import Run
 from dit_lens.selection import Cell, Selector, at
 from dit_lens.sites import Gate, Site
+from dit_lens.store import Store
 
 if TYPE_CHECKING:
     from dit_lens import reasoner
@@ -35,6 +46,8 @@ __all__ = [
     "Activations",
     "Architecture",
     "Cell",
+    "Direction",
+    "Eraser",
     "Gate",
     "InputError",
     "Layout",
@@ -43,11 +56,18 @@ __all__ = [
     "Run",
     "Selector",
     "Site",
+    "Store",
     "at",
+    "cosine",
+    "difference_of_means",
+    "differences_of_means",
     "frame_mean",
+    "from_probe",
     "full",
     "load",
     "norm",
+    "project",
+    "random_directions",
     "reasoner",
     "region_mean",
     "register",
