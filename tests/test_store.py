@@ -29,7 +29,12 @@ from dit_lens.store import FORMAT
 STEPS = ((0, 1.0), (1, 0.85), (2, 0.6))
 
 
-def made_run(seeds: tuple[int, ...], blocks: tuple[int, ...] = (0, 1, 2), salt: int = 0, sigmas: Any = STEPS) -> dl.Run:
+def made_run(
+    seeds: tuple[int, ...],
+    blocks: tuple[int, ...] = (0, 1, 2),
+    salt: int = 0,
+    sigmas: tuple[tuple[int, float], ...] = STEPS,
+) -> dl.Run:
     """A run without a pipeline: random tensors, two records (the stream, and its norm)."""
     generator = torch.Generator().manual_seed(1000 * salt + sum(seeds))
 
@@ -144,7 +149,7 @@ def fits(name: str, value: Any, wanted: Any) -> bool:
         return wanted[0] <= value < wanted[1]
     if isinstance(wanted, slice):
         return value in range(10)[wanted]
-    several = wanted if isinstance(wanted, list | range) else [wanted]
+    several: Any = wanted if isinstance(wanted, list | range) else [wanted]
     return any(abs(value - one) < 1e-4 * one if name in LEVELS else value == one for one in several)
 
 
@@ -214,8 +219,8 @@ def test_runs_of_other_models_schedules_and_shapes_are_not_mixed(store: dl.Store
     with pytest.raises(dl.InputError, match=r"several: name sigma=, one of 0\.5, 0\.85"):
         store.stack(block=1, step=1, record=0, model="two")
     assert len(store.stack(block=1, step=1, record=0, model="two", sigma=0.5)[0]) == 1
+    store.append(half(made_run((2,))), "two")
     with pytest.raises(dl.InputError, match="different shapes or precisions"):
-        store.append(half(made_run((2,))), "two")
         store.stack(block=1, step=0, record=0, model="two")
 
 
@@ -396,8 +401,7 @@ def test_an_exception_leaves_nothing_and_what_was_there_untouched(store: dl.Stor
     store.append(made_run((0,)), "m")
     before = {path: path.read_bytes() for path in store.folder.rglob("*.*") if path.is_file()}
     with pytest.raises(KeyboardInterrupt), store.writing("m", shard_bytes=1) as part:
-        part._shards.add(made_run((1,)).activations.entries[0])
-        raise KeyboardInterrupt
+        interrupted(part)
     with pytest.raises(dl.InputError, match="nothing was kept"), store.writing("m"):
         pass
     assert len(dl.Store(store.folder)) == 1
@@ -430,6 +434,15 @@ def test_what_a_killed_writer_left_is_ignored_and_then_removed(store: dl.Store, 
     assert not list(store.folder.rglob("*.partial"))
     # Another reader that was open all the time sees the new run.
     assert len(dl.Store(store.folder)) == 2
+
+
+def interrupted(part: Any) -> None:
+    """A run that is stopped after its first activation."""
+    (record,) = part.streamed(dl.at())
+    entry = made_run((1,)).activations.entries[0]
+    record.sink(entry.cell, entry.tensor)
+    assert list(part._folder.glob("*.safetensors"))
+    raise KeyboardInterrupt
 
 
 def hang(folder: Path, ready: Any) -> None:
@@ -473,5 +486,5 @@ def test_a_living_writer_keeps_its_folder_and_a_killed_one_loses_it(store: dl.St
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     store = dl.Store(tmp_path / "store")
     (tmp_path / "store").write_text("in the way")
-    with pytest.raises(dl.InputError, match="cannot write in .*store"):
+    with pytest.raises(dl.InputError, match=r"cannot write in .*store"):
         store.append(made_run((0,)), "m")
