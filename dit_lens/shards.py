@@ -7,7 +7,7 @@ memory map, one tensor at a time; what is not touched is not read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -52,7 +52,7 @@ class ShardWriter:
         key = str(len(self._rows))
         self._rows.append(
             {axis: getattr(entry.cell, axis) for axis in AXES}
-            | {"record": entry.record, "reduce": entry.reduce, "shape": list(tensor.shape)}
+            | {"record": entry.record, "reduce": entry.reduce, "shape": tuple(tensor.shape)}
             | {"dtype": str(tensor.dtype).removeprefix("torch."), "bytes": tensor.nbytes}
             | {"shard": self._shard, "key": key}
         )
@@ -85,23 +85,24 @@ class ShardWriter:
         self._held, self._bytes, self._shards = {}, 0, self._shards + 1
 
 
-def read(folder: Path, table: pd.DataFrame) -> Iterator[Entry]:
-    """The tensors that a table (or some of its rows) names, in its order; memory-mapped, and yours to change.
+def read(folder: Path, rows: Iterable[Any]) -> Iterator[Entry]:
+    """The tensors that rows of the table name (from `itertuples`), in their order; memory-mapped, and yours to change.
 
     Raises:
         InputError: a shard is missing or damaged, or does not hold what the table says; it is named.
     """
     shard: Any = None
     opened = None
-    for row in table.to_dict("records"):
-        path = folder / row["shard"]
+    for row in rows:
+        path = folder / row.shard
         try:
             if path != opened:
                 shard, opened = safe_open(path, framework="pt"), path
-            tensor = shard.get_tensor(row["key"])
+            tensor = shard.get_tensor(row.key)
         except (OSError, SafetensorError) as error:
             raise InputError(f"the shard {path} is damaged or missing: {error}; record its run again") from error
-        if list(tensor.shape) != list(row["shape"]) or str(tensor.dtype) != f"torch.{row['dtype']}":
-            raise InputError(f"the shard {path} does not hold what its index says of {row['key']}; record its run again")
-        yield Entry(Cell(**{axis: row[axis] for axis in AXES}), row["record"], row["reduce"], tensor)
+        if tuple(tensor.shape) != row.shape or str(tensor.dtype) != f"torch.{row.dtype}":
+            raise InputError(f"the shard {path} does not hold what its index says of {row.key}; record its run again")
+        yield Entry(Cell(**{axis: getattr(row, axis) for axis in AXES}), row.record, row.reduce, tensor)
+        # Not kept while the next one is read.
         del tensor

@@ -21,18 +21,21 @@ operating system releases when the writer dies.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -49,7 +52,9 @@ from dit_lens.shards import AXES, COLUMNS, SHARD_BYTES, ShardWriter, read
 FORMAT = 1
 """Version of the folder that a store is."""
 
+# What the two tables have beside the labels of the rows, and the run that is added to the second one when it is read.
 ROW_COLUMNS = ("run", "row", "seed", "prompt", "model", "scheduler")
+INDEX = ("run", *COLUMNS)
 RANGES = ("sigma", "timestep", "depth")
 """Continuous axes, where a tuple is a range [low, high)."""
 
@@ -72,6 +77,7 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._parts: dict[int, tuple[pd.DataFrame, pd.DataFrame]] = {}
+        self._whole: tuple[int, pd.DataFrame, pd.DataFrame] = (0, pd.DataFrame(columns=ROW_COLUMNS), pd.DataFrame(columns=INDEX))
         self._check_format()
 
     def __len__(self) -> int:
@@ -82,17 +88,13 @@ class Store:
     @property
     def rows(self) -> pd.DataFrame:
         """One row per run and row of its batch: run, row, seed, prompt, model, scheduler, and the labels."""
-        self._refresh()
-        parts = [rows for rows, _ in self._parts.values()]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(ROW_COLUMNS))
+        return self._tables()[0].copy()
 
     @property
     def index(self) -> pd.DataFrame:
         """One row per recorded tensor: run, the cell (with sigma, timestep, depth), record, reduce, shape, dtype, bytes, and
         the shard and key under which it lies."""
-        self._refresh()
-        parts = [index for _, index in self._parts.values() if len(index)]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", *COLUMNS])
+        return self._tables()[1].copy()
 
     def append(self, run: Run, model: str, **labels: Any) -> int:
         """Write a run with its trajectory and its activations; returns its number.
@@ -141,7 +143,7 @@ class Store:
             InputError: nothing matches, there is no such column, or the models differ; at once. While reading: a damaged
                 shard, or rows asked for of a tensor whose reducer left no axis for them.
         """
-        rows, index = self.rows, self.index
+        rows, index = self._tables()
         if rows.empty:
             raise InputError(f"the store {self.folder} holds no runs; write some with append or writing")
         unknown = [name for name in wanted if name not in index and name not in rows]
@@ -201,13 +203,13 @@ class Store:
         if number not in self._parts:
             raise InputError(f"the store {self.folder} has no run {number}; there is {listed(self._parts)}")
         folder = self._run_folder(number)
-        return replace(Run.load(folder), activations=Activations(read(folder, self._parts[number][1])))
+        return replace(Run.load(folder), activations=Activations(read(folder, self._parts[number][1].itertuples())))
 
     def _read(self, index: pd.DataFrame, rows: pd.DataFrame) -> Iterator[Stored]:
-        for number in (int(number) for number in index["run"].unique()):
-            folder, everything = self._run_folder(number), self._parts[number][0]
-            labels = rows[rows["run"] == number].reset_index(drop=True)
-            for entry in read(folder, index[index["run"] == number]):
+        by_run = {number: part.reset_index(drop=True) for number, part in rows.groupby("run")}
+        for number, places in itertools.groupby(index.itertuples(index=False), attrgetter("run")):
+            labels, everything = by_run[number], self._parts[number][0]
+            for entry in read(self._run_folder(number), places):
                 tensor = entry.tensor
                 if len(labels) < len(everything):
                     if not _has_rows(tensor, everything):
@@ -251,6 +253,16 @@ class Store:
             raise InputError(f"the store {self.folder} has format {form}, and this version reads {FORMAT}")
         return True
 
+    def _tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """`rows` and `index`, put together again only when runs have come: probes select thousands of times."""
+        self._refresh()
+        if self._whole[0] < len(self._parts):
+            rows = [rows for rows, _ in self._parts.values()]
+            index = [index for _, index in self._parts.values() if len(index)]
+            joined = pd.concat(index, ignore_index=True) if index else self._whole[2]
+            self._whole = (len(rows), pd.concat(rows, ignore_index=True), joined)
+        return self._whole[1], self._whole[2]
+
     def _refresh(self) -> None:
         """Read the tables of the runs that came since the last look; those that were there do not change."""
         for path in sorted((self.folder / "runs").glob("*/index.parquet")):
@@ -258,12 +270,12 @@ class Store:
             if number in self._parts:
                 continue
             try:
-                tables = [pd.read_parquet(path.with_name(name)) for name in ("rows.parquet", "index.parquet")]
+                rows, index = (_table(path.with_name(name)) for name in ("rows.parquet", "index.parquet"))
             except (OSError, pa.ArrowException) as error:
                 raise InputError(f"the tables of the run in {path.parent} are damaged: {error}; remove that folder") from error
             # Parquet has lists, which cannot be compared; a shape is a tuple.
-            tables[1]["shape"] = [tuple(shape) for shape in tables[1]["shape"]]
-            self._parts[number] = (_numbered(tables[0], number), _numbered(tables[1], number))
+            index["shape"] = [tuple(int(length) for length in shape) for shape in index["shape"]]
+            self._parts[number] = (_numbered(rows, number), _numbered(index, number))
 
     def _claim(self) -> tuple[int, FileLock]:
         """A new run folder and the lock on it. Removes what killed writers left."""
@@ -396,6 +408,12 @@ def _kind(name: str, values: list[Any]) -> str:
 def _numbered(table: pd.DataFrame, number: int) -> pd.DataFrame:
     table.insert(0, "run", number)
     return table
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """A small table; through pandas' own reader it takes several times as long."""
+    with pq.ParquetFile(path) as file:
+        return file.read(use_threads=False).to_pandas(use_threads=False)
 
 
 def _parquet(table: pd.DataFrame) -> bytes:

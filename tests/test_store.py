@@ -303,7 +303,7 @@ def test_a_shard_is_written_as_soon_as_it_is_full_and_holds_no_more(tmp_path: Pa
         assert sum(ref() is not None for ref in alive) <= 2
         assert len(list(tmp_path.glob("*.safetensors"))) == (block + 1) // 3
     table = writer.finish()
-    assert [entry.tensor[0].item() for entry in read(tmp_path, table)] == list(range(20))
+    assert [entry.tensor[0].item() for entry in read(tmp_path, table.itertuples())] == list(range(20))
 
 
 def test_views_and_odd_shapes_are_stored(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_views_and_odd_shapes_are_stored(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path)
     for block, tensor in enumerate(odd):
         writer.add(Entry(dl.Cell("transformer", 0, "cond", block), 0, "own", tensor))
-    for entry, tensor in zip(read(tmp_path, writer.finish()), odd, strict=True):
+    for entry, tensor in zip(read(tmp_path, writer.finish().itertuples()), odd, strict=True):
         assert torch.equal(entry.tensor, tensor)
 
 
