@@ -21,6 +21,16 @@ from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
 from dit_lens.attention_maps import frame_map, token_map
 from dit_lens.calls import DenoiserCall
+from dit_lens.directions import (
+    Direction,
+    Eraser,
+    cosine,
+    difference_of_means,
+    differences_of_means,
+    from_probe,
+    project,
+    random_directions,
+)
 from dit_lens.errors import InputError
 from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
 from dit_lens.lens import Lens, load, wrap
@@ -31,6 +41,7 @@ from dit_lens.replay import Replay, Resume
 from dit_lens.run import Run
 from dit_lens.selection import Cell, Selector, at
 from dit_lens.sites import Gate, Site
+from dit_lens.store import Store
 
 if TYPE_CHECKING:
     from dit_lens import reasoner
@@ -40,6 +51,8 @@ __all__ = [
     "Architecture",
     "Cell",
     "DenoiserCall",
+    "Direction",
+    "Eraser",
     "Gate",
     "InputError",
     "Layout",
@@ -50,15 +63,22 @@ __all__ = [
     "Run",
     "Selector",
     "Site",
+    "Store",
     "TunedLens",
     "at",
+    "cosine",
+    "difference_of_means",
+    "differences_of_means",
     "fit_tuned_lens",
     "frame_map",
     "frame_mean",
+    "from_probe",
     "full",
     "layer_lens",
     "load",
     "norm",
+    "project",
+    "random_directions",
     "reasoner",
     "region_mean",
     "register",
