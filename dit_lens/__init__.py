@@ -30,6 +30,7 @@ from dit_lens.sites import Gate, Site
 
 if TYPE_CHECKING:
     from dit_lens import reasoner
+    from dit_lens.plants import planted
 
 __all__ = [
     "Activations",
@@ -48,6 +49,7 @@ __all__ = [
     "full",
     "load",
     "norm",
+    "planted",
     "reasoner",
     "region_mean",
     "register",
@@ -60,4 +62,6 @@ def __getattr__(name: str) -> Any:
     # The reasoner brings its tasks and their drawing along, which a user of another model does not need.
     if name == "reasoner":
         return importlib.import_module("dit_lens.reasoner")
+    if name == "planted":
+        return importlib.import_module("dit_lens.plants").planted
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
