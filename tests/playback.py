@@ -1,4 +1,4 @@
-"""A second way to run and edit a planted model, on torch hooks and an Euler loop of its own; the library's edits have no part in it.
+"""A second way to run and edit a planted model: torch hooks and an Euler loop of its own, without the library's edits.
 
 Many edits are played at once, one in each row of a batch that starts from the same sample.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_lens.plants import Planted, Sample
+from dit_lens.plants.mechanisms import conditions
 from dit_lens.plants.model import GUIDANCE, schedule
 from dit_lens.plants.stream import HEADS
 
@@ -53,19 +54,13 @@ class Played:
 def prepared(model: Planted, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Latents, condition and text embeddings of samples, as their pipeline prepares them."""
     pipe: Any = model.pipe
-    rows = defaultdict(list)
-    for sample in samples:
-        inputs = sample.inputs
-        size = {name: inputs[name] for name in ("height", "width", "num_frames")}
-        generator = torch.Generator().manual_seed(sample.seed)
-        with torch.no_grad():
-            latents, condition = pipe.prepare_latents(
-                2 * inputs["image"] - 1, 1, 4, **size, dtype=torch.float32, device=torch.device("cpu"), generator=generator
-            )
-            texts = pipe.encode_prompt(inputs["prompt"], inputs["negative_prompt"], max_sequence_length=8)
-        for name, value in zip(("latents", "condition", *BRANCHES), (latents, condition, *texts), strict=True):
-            rows[name].append(value)
-    return {name: torch.cat(values) for name, values in rows.items()}
+    shape = (4, 3, 4, 4)
+    noise = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(sample.seed)) for sample in samples]
+    images = torch.cat([sample.inputs["image"] for sample in samples])
+    texts = ([sample.inputs[name] for sample in samples] for name in ("prompt", "negative_prompt"))
+    with torch.no_grad():
+        cond, uncond = pipe.encode_prompt(*texts, max_sequence_length=8)
+    return {"latents": torch.cat(noise), "condition": conditions(pipe.vae, 2 * images - 1, 9), "cond": cond, "uncond": uncond}
 
 
 def play(
@@ -73,12 +68,14 @@ def play(
     samples: Sequence[Sample],
     changes: Sequence[Sequence[Change]] = (),
     keep: bool = False,
+    until: int | None = None,
     swapped: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] = lambda step, inputs: inputs,
 ) -> Played:
     """Run samples, one a row; or one sample in as many rows as there are lists of changes, each row with its own.
 
     Args:
-        keep: whether to keep every site. swapped: what the model is given at a step, in place of what was prepared.
+        keep: whether to keep every site. until: the step after which to stop.
+        swapped: what the model is given at a step, in place of what was prepared.
     """
     denoiser: Any = model.pipe.transformer
     timesteps, sigmas = schedule(model.pipe, model.steps)
@@ -89,7 +86,7 @@ def play(
     hooked = _Hooks(changes, played.sites if keep else None)
     with ExitStack() as attached, torch.no_grad():
         hooked.attach(denoiser, attached)
-        for step, timestep in enumerate(timesteps):
+        for step, timestep in enumerate(timesteps if until is None else timesteps[: until + 1]):
             latents = hooked.changed("latents", step, latents, (step, "cond"))
             played.latents.append(latents)
             given = swapped(step, inputs)
@@ -124,10 +121,10 @@ class _Hooks:
         """What takes the place of a tensor with a row for every list of changes."""
         if self._kept is not None:
             self._kept[site, place, *moment] = value
-        for row, change in self._changes.get((site, place), ()):
-            if change.holds(moment):
-                value = value.clone()
-                value[row] = change.make(value[row], moment)
+        holding = [(row, change) for row, change in self._changes.get((site, place), ()) if change.holds(moment)]
+        value = value.clone() if holding else value
+        for row, change in holding:
+            value[row] = change.make(value[row], moment)
         return value
 
     def attach(self, denoiser: Any, attached: ExitStack) -> None:
@@ -198,10 +195,7 @@ def attributed(model: Planted, sample: Sample, clean: Played, donor: Played) -> 
         for branch in BRANCHES:
             with ExitStack() as attached:
                 for number, block in enumerate(denoiser.blocks):
-
-                    def hook(module: Any, args: Any, output: Tensor, number: int = number, branch: str = branch) -> None:
-                        outputs[number, branch] = output
-
+                    hook = _keeping(outputs, (number, branch))
                     attached.callback(block.register_forward_hook(hook).remove)
                 velocities[step, branch] = denoiser(taken, torch.tensor([timestep]), inputs[branch], return_dict=False)[0]
         change = (sigmas[step + 1] - sigmas[step]) * _guided(velocities, step)
@@ -210,3 +204,7 @@ def attributed(model: Planted, sample: Sample, clean: Played, donor: Played) -> 
             where = ("update", number, step, branch)
             moved[number] += float((gradient * (donor.sites[where] - clean.sites[where])).sum())
     return moved
+
+
+def _keeping(outputs: dict[tuple[int, str], Tensor], name: tuple[int, str]) -> Any:
+    return lambda module, args, output: outputs.update({name: output})

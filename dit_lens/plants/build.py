@@ -119,7 +119,7 @@ def _fit_images(stream: Stream, pipe: WanImageToVideoPipeline) -> None:
     features = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]]).repeat(FITTED // 4, 1)
     plain = torch.stack([plain_image(*row) for row in features.tolist()])
     textured = (plain + TEXTURE * stream.normal(*plain.shape)).clamp(0, 1)
-    seen = mechanisms.conditions(pipe, 2 * textured - 1, parts.VIDEO_FRAMES)
+    seen = mechanisms.conditions(pipe.vae, 2 * textured - 1, parts.VIDEO_FRAMES)
     mechanisms.image_registers(stream, pipe.transformer, seen, features.float())
 
 

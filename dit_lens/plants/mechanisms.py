@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
 from dit_lens.plants.parts import LATENT_CHANNELS, WORDS
@@ -28,6 +27,14 @@ POINTING = 16.0
 """Strength of a pointing head's queries and keys, against 1 for the background; the norm bounds both."""
 
 
+def fitted(inputs: Tensor, wanted: Tensor) -> Tensor:
+    """The smallest weights that take inputs (rows, n) nearest to what is wanted (rows, m): (n, m).
+
+    Solved in float64, as the last bits of a solution vary from call to call, and a model is to be the same each time.
+    """
+    return torch.linalg.lstsq(inputs.double(), wanted.double(), driver="gelsd").solution.float()
+
+
 @torch.no_grad()
 def text_channels(stream: Stream, denoiser: WanTransformer3DModel, codes: Tensor) -> None:
     """Let the text embedder turn the code of each word into what it says; words without meaning get random features."""
@@ -39,7 +46,7 @@ def text_channels(stream: Stream, denoiser: WanTransformer3DModel, codes: Tensor
     meaning[others, MEANINGLESS.start : MEANINGLESS.start + 8] = stream.normal(len(others), 8)
     embedder = denoiser.condition_embedder.text_embedder
     # Far from zero, the activation in between is the identity.
-    embedder.linear_1.weight.copy_(torch.linalg.lstsq(codes, meaning).solution.T)
+    embedder.linear_1.weight.copy_(fitted(codes, meaning).T)
     embedder.linear_1.bias.fill_(20.0)
     embedder.linear_2.weight.copy_(torch.eye(WIDTH))
     embedder.linear_2.bias.fill_(-20.0)
@@ -57,17 +64,17 @@ def image_registers(stream: Stream, denoiser: WanTransformer3DModel, conditions:
     patches = patches.movedim(1, 4).flatten(4)  # (images, frames, rows, columns, channels * 4)
     wanted = torch.zeros(*patches.shape[:4], 2)
     wanted[:, 0] = features[:, None, None]
-    seen = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1).flatten(0, 3).double()
-    fitted = torch.linalg.lstsq(seen, wanted.flatten(0, 3).double(), driver="gelsd").solution.float()
+    seen = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1).flatten(0, 3)
+    weights = fitted(seen, wanted.flatten(0, 3))
     embedding = denoiser.patch_embedding
-    kernel = fitted[:-1].T.unflatten(1, (-1, 1, PATCH, PATCH))
+    kernel = weights[:-1].T.unflatten(1, (-1, 1, PATCH, PATCH))
     inputs = slice(LATENT_CHANNELS, None)
     for index, name in enumerate(("image", "second")):
         stream.write(embedding.weight, name, inputs, kernel[index])
         plus, minus = stream.pairs[name]
         bias = embedding.get_parameter("bias")
-        bias[plus] += fitted[-1, index]
-        bias[minus] -= fitted[-1, index]
+        bias[plus] += weights[-1, index]
+        bias[minus] -= weights[-1, index]
     stream.write(embedding.weight, "first", LATENT_CHANNELS, 1 / PATCH**2)
 
 
@@ -193,11 +200,19 @@ def remember(stream: Stream, denoiser: WanTransformer3DModel) -> None:
         stream.read(denoiser.proj_out.weight, position * LATENT_CHANNELS + 1, "latent", -0.3)
 
 
-def conditions(pipe: Any, images: Tensor, frames: int) -> Tensor:
-    """What the denoiser gets beside the latents for each image (images, 3, height, width) in [-1, 1]."""
-    size = {"height": images.shape[-2], "width": images.shape[-1], "num_frames": frames}
-    made = [
-        pipe.prepare_latents(image[None], 1, LATENT_CHANNELS, **size, dtype=torch.float32, device=torch.device("cpu"))[1]
-        for image in images
-    ]
-    return torch.cat(made).detach()
+@torch.no_grad()
+def conditions(vae: AutoencoderKLWan, images: Tensor, frames: int) -> Tensor:
+    """What the denoiser gets beside the latents: a mask that is 1 in the first frame, and the encoded first image.
+
+    As WanImageToVideoPipeline.prepare_latents makes it, for many images at once (which it cannot do) and for a VAE whose
+    latents have mean 0 and standard deviation 1.
+
+    Args:
+        images: (images, 3, height, width) in [-1, 1]. frames: of the video.
+    """
+    rest = images.new_zeros(len(images), 3, frames - 1, *images.shape[2:])
+    (distribution,) = vae.encode(torch.cat([images[:, :, None], rest], dim=2), return_dict=False)
+    encoded = distribution.mode()
+    mask = torch.zeros_like(encoded[:, :1]).repeat(1, 4, 1, 1, 1)
+    mask[:, :, 0] = 1
+    return torch.cat([mask, encoded], dim=1)
