@@ -114,7 +114,7 @@ def random_background(stream: Stream, denoiser: WanTransformer3DModel) -> None:
     for position in range(PATCH**2):
         rows = [position * LATENT_CHANNELS + channel for channel in range(1, LATENT_CHANNELS)]
         stream.read_background(denoiser.proj_out.weight, rows)
-        stream.read_background(denoiser.proj_out.weight, [position * LATENT_CHANNELS], 0.02)
+        stream.read_background(denoiser.proj_out.weight, [position * LATENT_CHANNELS], 0.01)
 
 
 def _random_block(stream: Stream, block: nn.Module) -> None:
@@ -131,11 +131,11 @@ def _random_block(stream: Stream, block: nn.Module) -> None:
             attention.get_parameter("to_k.weight")[:, MEANINGLESS] = stream.normal(WIDTH, WIDTH - MEANINGLESS.start)
             attention.get_parameter("to_v.weight")[:, MEANINGLESS] = stream.normal(WIDTH, WIDTH - MEANINGLESS.start) / 4
         attention.get_parameter("to_k.bias").copy_(0.1 * stream.normal(WIDTH))
-        stream.write_background(attention.get_parameter("to_out.0.weight"), columns, 0.3)
+        stream.write_background(attention.get_parameter("to_out.0.weight"), columns, 0.2)
     first, last = block.get_parameter("ffn.net.0.proj.weight"), block.get_parameter("ffn.net.2.weight")
     hidden = range(8, len(first))  # the first eight are kept for a plant
     stream.read_background(first, hidden)
-    stream.write_background(last, hidden, 0.5)
+    stream.write_background(last, hidden, 0.2)
     table = block.get_parameter("scale_shift_table")
     table[0][:, stream.background] += 0.1 * stream.normal(6, len(stream.background))
 
