@@ -45,6 +45,7 @@ from dit_lens.store import Store
 
 if TYPE_CHECKING:
     from dit_lens import reasoner
+    from dit_lens.plants import planted
 
 __all__ = [
     "Activations",
@@ -77,6 +78,7 @@ __all__ = [
     "layer_lens",
     "load",
     "norm",
+    "planted",
     "project",
     "random_directions",
     "reasoner",
@@ -92,4 +94,6 @@ def __getattr__(name: str) -> Any:
     # The reasoner brings its tasks and their drawing along, which a user of another model does not need.
     if name == "reasoner":
         return importlib.import_module("dit_lens.reasoner")
+    if name == "planted":
+        return importlib.import_module("dit_lens.plants").planted
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,6 +38,12 @@ dit_lens.store
 dit_lens.batching dit_lens.loading dit_lens.describe
 dit_lens.lens
 dit_lens.layer_lens
+dit_lens.plants.parts dit_lens.plants.table
+dit_lens.plants.stream
+dit_lens.plants.mechanisms
+dit_lens.plants.model
+dit_lens.plants.build
+dit_lens.plants
 dit_lens
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots

@@ -1,0 +1,20 @@
+"""Planted models: tiny Wan pipelines whose mechanism was set by hand, so that it is known where the answer comes from.
+
+    model = dl.planted("copy", seed=3)
+    model.truth                               # Truth(kind='copy', block=2, head=1, component='attn', ...)
+    lens = model.lens()
+    pair = model.pairs(1)[0]                  # a clean and a donor sample that differ in the answer only
+    run = lens.run(**pair.clean.inputs, seed=pair.clean.seed)
+    model.answer(run.latents[-1])             # near +1 or -1, and 0 where the video shows no answer
+
+A tool that points at a block of a trained model cannot be checked: nobody knows what the block does. Here it can: run it
+on planted models, and compare with `table.TABLE`, which was written down before any tool was run on them. Everything but
+the mechanism is a random background, so that models of different seeds differ, and no tool can win by looking for what
+is not zero.
+"""
+
+from dit_lens.plants.build import KINDS, planted
+from dit_lens.plants.model import Pair, Planted, Sample
+from dit_lens.plants.table import TABLE, TOOLS, Entry, Truth
+
+__all__ = ["KINDS", "TABLE", "TOOLS", "Entry", "Pair", "Planted", "Sample", "Truth", "planted"]
