@@ -107,6 +107,19 @@ def _index(scheduler: Any, timestep: float) -> int:
     return scheduler.begin_index if scheduler.begin_index is not None else scheduler.index_for_timestep(timestep)
 
 
+def forget_history(scheduler: Any) -> None:
+    """Let a multistep solver begin anew at the step to come, with the order of its first step and nothing to correct.
+
+    Such a solver extrapolates from its last outputs, and the corrector of UniPC and SA goes on from the sample of the step
+    before, whatever sample it is given: latents that someone replaced in between would be lost without a word. Solvers of
+    one step have no history, and those that take two calls for one (Heun, KDPM2, DPM-Solver singlestep) keep theirs.
+    """
+    if hasattr(scheduler, "lower_order_nums") and not hasattr(scheduler, "order_list"):
+        scheduler.lower_order_nums = 0
+        if hasattr(scheduler, "last_sample"):
+            scheduler.last_sample = None
+
+
 def x0_weights(state: NoiseState) -> tuple[float, float] | None:
     """The (a, b) of x0-hat = a * sample + b * output; None where the output says nothing about x0 (no signal left)."""
     if state.prediction in ("sample", "original_sample"):

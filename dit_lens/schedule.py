@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture, Layout
-from dit_lens.errors import listed
-from dit_lens.noise import noise_state, x0_weights
+from dit_lens.errors import InputError, listed
+from dit_lens.noise import forget_history, noise_state, x0_weights
 from dit_lens.taps import replaced_attribute, to_host
 
 
@@ -61,12 +61,27 @@ class StepClock:
     `experts`, `weights` (of x0-hat), `samples` (what the scheduler received, then its last result) and
     `outputs[step, branch]`, with the branch `guided` for what the scheduler received; tensors of shape (batch,
     channels, frames, height, width) on the CPU.
+
+    Args:
+        pipe, architecture: the pipeline, and what is known about its family.
+        begin: called with the clock at the first denoiser call, before any block runs.
+        rewrite: called with (step, latents) for the latents that each step takes, before it takes them; returns others
+            of the same shape, or None to leave them. The latents of step 0 are those of the pipeline's
+            `prepare_latents`, later ones what `scheduler.step` returned; after the last step nothing is asked.
+            A multistep solver begins anew where the latents change, as its history belongs to the old ones.
     """
 
-    def __init__(self, pipe: Any, architecture: Architecture, begin: Callable[[StepClock], None] | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        architecture: Architecture,
+        begin: Callable[[StepClock], None] | None = None,
+        rewrite: Callable[[int, Tensor], Tensor | None] | None = None,
+    ) -> None:
         self.pipe = pipe
         self._architecture = architecture
         self._begin = begin
+        self._rewrite = rewrite
         self._calls = 0
         self._context: str | None = None
         self._last: Tensor | None = None
@@ -100,6 +115,9 @@ class StepClock:
             scheduler = self.pipe.scheduler
             stepping = self._stepping(scheduler, scheduler.step)
             attached.enter_context(replaced_attribute(scheduler, "step", stepping))
+            if self._rewrite is not None:
+                preparing = self._preparing(self.pipe.prepare_latents)
+                attached.enter_context(replaced_attribute(self.pipe, "prepare_latents", preparing))
             self._attached = attached.pop_all()
         return self
 
@@ -179,9 +197,42 @@ class StepClock:
             self.samples.append(to_host(call["sample"]))
             self.outputs[self.step, "guided"] = to_host(call["model_output"])
             result = step(*args, **kwargs)
-            self._last = result[0] if isinstance(result, tuple) else result.prev_sample
             self.step += 1
             self._calls = 0
+            stepped: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+            self._last = stepped if self.step == len(scheduler.timesteps) else self._rewritten(stepped)
+            if self._last is stepped:
+                return result
+            # Latents that changed are no continuation of the steps before them.
+            forget_history(scheduler)
+            if isinstance(result, tuple):
+                return (self._last, *result[1:])
+            result.prev_sample = self._last
             return result
 
         return stepping
+
+    def _preparing(self, prepare_latents: Callable[..., Any]) -> Callable[..., Any]:
+        """The pipeline's `prepare_latents`, which returns the first latents, alone or before what it made for them."""
+
+        @functools.wraps(prepare_latents)
+        def preparing(*args: Any, **kwargs: Any) -> Any:
+            prepared = prepare_latents(*args, **kwargs)
+            if isinstance(prepared, tuple):
+                return (self._rewritten(prepared[0]), *prepared[1:])
+            return self._rewritten(prepared)
+
+        return preparing
+
+    def _rewritten(self, latents: Tensor) -> Tensor:
+        """The latents that the step to come takes: the same object, unless `rewrite` gave others."""
+        given = self._rewrite(self.step, latents) if self._rewrite is not None else None
+        if given is None:
+            return latents
+        if given.shape != latents.shape:
+            raise InputError(
+                f"the latents of step {self.step} have shape {tuple(latents.shape)}, and what is to replace them"
+                f" {tuple(given.shape)}"
+            )
+        given = given.to(latents)
+        return latents if torch.equal(given, latents) else given

@@ -238,3 +238,53 @@ def test_unnamed_calls_are_branches_by_their_order(image_pipe: Any) -> None:
         image_pipe.scheduler.step(output, image_pipe.scheduler.timesteps[0], output)
         image_pipe.transformer(**call)
         assert (clock.step, clock.branch) == (1, "cond")
+
+
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": SHIFT}
+
+
+def rewritten(pipe: Any, rewrite: Any, **changes: Any) -> StepClock:
+    """The clock of a run of the pipeline in which `rewrite` is asked for latents."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    with StepClock(pipe, WAN, rewrite=rewrite) as clock:
+        pipe(**arguments(pipe, **changes), generator=generator, output_type="latent")
+    assert "prepare_latents" not in vars(pipe)
+    return clock
+
+
+@pytest.mark.parametrize("kind", [WanImageToVideoPipeline, WanPipeline])
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=SHIFT), UniPCMultistepScheduler(**UNIPC)])
+def test_rewritten_latents_are_what_the_steps_take(kind: type, scheduler: Any) -> None:
+    pipe = tiny_pipeline(kind, scheduler=scheduler)
+    asked: list[tuple[int, Tensor]] = []
+    plain = rewritten(pipe, lambda step, latents: asked.append((step, latents.clone())))
+    assert [step for step, _ in asked] == list(range(STEPS))
+    assert all(torch.equal(latents, plain.samples[step]) for step, latents in asked)
+    for place in range(STEPS):
+        same = rewritten(pipe, lambda step, latents, place=place: latents.clone() if step == place else None)
+        assert all(torch.equal(one, other) for one, other in zip(same.samples, plain.samples, strict=True))
+        changed = rewritten(pipe, lambda step, latents, place=place: -latents if step == place else None)
+        assert all(torch.equal(changed.samples[step], plain.samples[step]) for step in range(place))
+        assert torch.equal(changed.samples[place], -plain.samples[place])
+        assert not torch.equal(changed.outputs[place, "cond"], plain.outputs[place, "cond"]), "the denoiser saw them"
+
+
+def test_a_multistep_solver_begins_anew_where_latents_change() -> None:
+    pipe = tiny_pipeline(WanPipeline, scheduler=UniPCMultistepScheduler(**UNIPC))
+    noise = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator("cpu").manual_seed(9))
+    clock = rewritten(pipe, lambda step, latents: noise if step == 2 else None)
+    fresh = UniPCMultistepScheduler(**UNIPC)
+    fresh.set_timesteps(STEPS)
+    fresh.set_begin_index(2)
+    sample = noise
+    for step in (2, 3):
+        assert torch.equal(clock.samples[step], sample)
+        sample = fresh.step(clock.outputs[step, "guided"], fresh.timesteps[step], sample, return_dict=False)[0]
+    assert torch.equal(clock.samples[4], sample)
+
+
+def test_rewritten_latents_keep_their_shape(image_pipe: Any) -> None:
+    for place in (0, 2):
+        with pytest.raises(dl.InputError, match=rf"latents of step {place} have shape \(1, 4, 2, 4, 4\), .* \(1, 4, 2, 4\)"):
+            rewritten(image_pipe, lambda step, latents, place=place: latents[..., 0] if step == place else None)
+    assert "step" not in vars(image_pipe.scheduler)
