@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
+from dit_lens.edits import AddNoise, Average, Edit, Mean, Moment, Patch, PatchUpdate, Resample, Skip, Steer, Zero
 from dit_lens.errors import InputError
+from dit_lens.knockout import KnockoutAttention
+from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
 from dit_lens.record import Record
@@ -33,16 +36,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations",
+    "AddNoise",
     "Architecture",
+    "Average",
     "Cell",
+    "Edit",
     "Gate",
     "InputError",
+    "KnockoutAttention",
     "Layout",
     "Lens",
+    "Mean",
+    "Moment",
+    "Patch",
+    "PatchUpdate",
     "Record",
+    "ReplaceLatents",
+    "Resample",
     "Run",
     "Selector",
     "Site",
+    "Skip",
+    "Steer",
+    "Zero",
     "at",
     "frame_mean",
     "full",

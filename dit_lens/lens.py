@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +27,16 @@ from dit_lens import batching, loading
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, lookup
 from dit_lens.describe import Description, describe
+from dit_lens.editor import Editor, as_edits
+from dit_lens.edits import Edit
 from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
+from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.record import Record, Recorder, as_records
 from dit_lens.run import Run
 from dit_lens.schedule import Forecast, StepClock, forecast
 from dit_lens.selection import Extent, Selector
-from dit_lens.taps import Engine, Result, Tap, replaced_attribute, to_host
+from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute, to_host
 
 ENGINES = ("nnsight", "hooks")
 LIMIT_BYTES = 4 * 10**9
@@ -138,7 +141,7 @@ class Lens:
         self,
         seed: int | Sequence[int] = 0,
         record: Selector | Record | Iterable[Selector | Record] = (),
-        edits: Sequence[Any] = (),
+        edits: Edit | ReplaceLatents | Iterable[Edit | ReplaceLatents] = (),
         decode: bool = True,
         progress: bool = False,
         limit_bytes: int = LIMIT_BYTES,
@@ -149,7 +152,8 @@ class Lens:
         Args:
             seed: one seed, or a list: every prompt is then run with each of them, prompt-major.
             record: selectors, or records with reducers and sinks; see `dit_lens.at` and `dit_lens.Record`.
-            edits: none are on offer yet.
+            edits: changes to make on the way, in the order in which they act; see `dit_lens.edits`. What is recorded is
+                what they left.
             decode: whether to decode the video.
             progress: whether to show the pipeline's progress bar.
             limit_bytes: refuse a run that would keep more than this of activations.
@@ -160,23 +164,33 @@ class Lens:
             The run, on the CPU.
 
         Raises:
-            InputError: arguments that the pipeline lacks, a selection that is out of range or matches nothing, or one
-                that would keep too much; before anything runs where that can be known.
+            InputError: arguments that the pipeline lacks, a selection that is out of range or matches nothing, one that
+                would keep too much, or edits that cannot be made; before anything runs where that can be known.
         """
-        if edits:
-            raise InputError("edits are not on offer yet; leave edits= out")
         reserved = ("generator", "num_videos_per_prompt", "output_type", "return_dict")
         call = batching.prepare(self.pipe, seed, inputs, reserved)
-        records = as_records(record)
+        records, changes = as_records(record), as_edits(edits)
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
         with self._alone(progress):
-            recorder = self._recorder(records, inputs, limit_bytes) if records else None
-            clock = StepClock(self.pipe, self.architecture, recorder.begin if recorder else None)
+            extent = self._extent(self._forecast(inputs)) if records or changes else None
+            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records and extent else None
+            editor = self._editor(changes, extent, call, recorder) if changes and extent else None
+            parts = [part for part in (editor, recorder) if part is not None]
+
+            def begin(clock: StepClock) -> None:
+                for part in parts:
+                    part.begin(clock)
+
+            clock = StepClock(self.pipe, self.architecture, begin, editor.rewrite if editor else None)
+            # Edits first: what is recorded is what they left.
+            taps = [tap for part in parts for tap in part.taps]
+            detours = (editor.bypasses, editor.attentions) if editor else ((), ())
             with clock, call.context(self.pipe):
-                output = self._tapped(lambda: self.pipe(**arguments), recorder.taps if recorder else ())
+                output = self._tapped(lambda: self.pipe(**arguments), taps, *detours)
+        fired = editor.finish() if editor else {}
         activations = recorder.finish() if recorder else Activations()
         video = to_host(output.frames.movedim(2, -1)) if decode else None
-        return self._run(call, clock, video, activations)
+        return self._run(call, clock, video, activations, fired)
 
     def decode(
         self, latents: Float[Tensor, "*batch channels frames height width"], rows: int | None = None
@@ -204,9 +218,12 @@ class Lens:
                 videos.append(to_host(frames.movedim(2, -1)))
         return torch.cat(videos).unflatten(0, leading) if leading else torch.cat(videos)[0]
 
-    def _tapped(self, function: Callable[[], Result], taps: Sequence[Tap]) -> Result:
-        """Run a function with taps in place; without any, no engine has a part in it."""
-        return self._engine.call(function, taps) if taps else function()
+    def _tapped(
+        self, function: Callable[[], Result], taps: Sequence[Tap], bypasses: Sequence[Bypass], attentions: Sequence[Attention]
+    ) -> Result:
+        """Run a function with taps, bypasses and attentions in place; without any, no engine has a part in it."""
+        anything = taps or bypasses or attentions
+        return self._engine.call(function, taps, bypasses, attentions) if anything else function()
 
     @cached_property
     def _engine(self) -> Engine:
@@ -217,22 +234,43 @@ class Lens:
 
         return TracingEngine(self.pipe, self.architecture)
 
-    def _recorder(self, records: tuple[Record, ...], inputs: dict[str, Any], limit_bytes: int) -> Recorder:
+    def _extent(self, foreseen: Forecast) -> Extent:
+        """What there is to select from."""
         denoisers = self.architecture.denoisers(self.pipe)
         cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
         if cached:
-            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() before recording")
-        extent = Extent(
+            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() before recording or editing")
+        return Extent(
             blocks={name: len(self.architecture.block_list(module)) for name, module in denoisers.items()},
-            forecast=self._forecast(inputs),
+            forecast=foreseen,
             branches=self.architecture.branches,
             streams=self.architecture.streams,
             sites=self.architecture.sites,
             heads=self.architecture.heads(next(iter(denoisers.values()))),
         )
-        return Recorder(records, extent, self.architecture, limit_bytes)
 
-    def _run(self, call: batching.Call, clock: StepClock, video: Tensor | None, activations: Activations) -> Run:
+    def _editor(
+        self, edits: tuple[Edit | ReplaceLatents, ...], extent: Extent, call: batching.Call, recorder: Recorder | None
+    ) -> Editor:
+        return Editor(
+            edits,
+            extent,
+            self.architecture,
+            self.pipe.scheduler,
+            width=self.architecture.width(next(iter(self.architecture.denoisers(self.pipe).values()))),
+            seeds=call.seeds,
+            prompts=call.groups,
+            recorded=recorder.selections if recorder else (),
+        )
+
+    def _run(
+        self,
+        call: batching.Call,
+        clock: StepClock,
+        video: Tensor | None,
+        activations: Activations,
+        fired: Mapping[int, int],
+    ) -> Run:
         assert clock.layout is not None
         steps = range(clock.step)
         branches = tuple(clock.branches)
@@ -250,6 +288,8 @@ class Lens:
             weights=tuple(clock.weights),
             video=video,
             activations=activations,
+            fired=fired,
+            text_tokens=clock.text_tokens,
         )
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:
@@ -262,7 +302,7 @@ class Lens:
         """One run of a pipeline at a time: the clock, the taps and nnsight all sit in the pipeline's own modules."""
         turn = _turns.setdefault(self.pipe, _Turn())
         if turn.holder == threading.get_ident():
-            raise RuntimeError("a lens cannot run inside a reducer or sink of a run on the same pipeline")
+            raise RuntimeError("a lens cannot run inside a reducer, sink or edit of a run on the same pipeline")
         bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": not progress}
         with turn.lock, replaced_attribute(self.pipe, "_progress_bar_config", bar):
             turn.holder = threading.get_ident()

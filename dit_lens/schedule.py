@@ -57,7 +57,7 @@ class StepClock:
     Use it as a context manager around one pipeline call; everything that it attaches is gone afterwards.
 
     While the denoiser runs: `step`, `expert`, `branch`, `timestep`, `sigma`, and from the first call on `layout`,
-    `batch` and `dtype` (of what the denoiser takes). After the run, one entry per step: `timesteps`, `sigmas`,
+    `batch` and `dtype` (of what the denoiser takes), and `text_tokens` (how many it takes; None where it takes none). After the run, one entry per step: `timesteps`, `sigmas`,
     `experts`, `weights` (of x0-hat), `samples` (what the scheduler received, then its last result) and
     `outputs[step, branch]`, with the branch `guided` for what the scheduler received; tensors of shape (batch,
     channels, frames, height, width) on the CPU.
@@ -94,6 +94,7 @@ class StepClock:
         self.layout: Layout | None = None
         self.batch = 0
         self.dtype = torch.float32
+        self.text_tokens: int | None = None
         self.branches: list[str] = []
         self.timesteps: list[float] = []
         self.sigmas: list[float] = []
@@ -141,6 +142,8 @@ class StepClock:
             self.layout = self._architecture.layout(denoiser, latents.shape)
             self.batch = latents.shape[0]
             self.dtype = latents.dtype
+            text: Tensor | None = call.get("encoder_hidden_states")
+            self.text_tokens = None if text is None else text.shape[1]
             if self._begin is not None:
                 self._begin(self)
 

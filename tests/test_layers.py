@@ -33,6 +33,10 @@ dit_lens.record
 dit_lens.ports dit_lens.detours
 dit_lens.hooks dit_lens.tracing
 dit_lens.run
+dit_lens.donors
+dit_lens.edits
+dit_lens.knockout dit_lens.latent_edits
+dit_lens.editor
 dit_lens.batching dit_lens.loading dit_lens.describe
 dit_lens.lens
 dit_lens
