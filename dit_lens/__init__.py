@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
+from dit_lens.attention_maps import frame_map, token_map
 from dit_lens.edits import AddNoise, Average, Edit, Mean, Moment, Patch, PatchUpdate, Resample, Skip, Steer, Zero
 from dit_lens.errors import InputError
 from dit_lens.knockout import KnockoutAttention
@@ -60,6 +61,7 @@ __all__ = [
     "Steer",
     "Zero",
     "at",
+    "frame_map",
     "frame_mean",
     "full",
     "load",
@@ -67,6 +69,7 @@ __all__ = [
     "reasoner",
     "region_mean",
     "register",
+    "token_map",
     "wrap",
     "x0_hat",
 ]

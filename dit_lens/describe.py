@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_lens.architectures import Architecture
+from dit_lens.sites import Site
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,17 @@ def _sites(architecture: Architecture, denoiser: Any) -> list[tuple[str, str]]:
     per_head = dict.fromkeys(site.name for site in architecture.sites if site.per_head)
     if per_head:
         rows.append(("heads", f"{architecture.heads(denoiser)}, at {', '.join(per_head)}"))
-    gates = {site.name: site.gate for site in architecture.sites if site.read_only}
-    if gates:
-        shown = [f"{name} (gated by the {gate.depends})" if gate else f"{name} (no gate)" for name, gate in gates.items()]
-        rows.append(("read-only", ", ".join(shown)))
+    read_only = [site for site in architecture.sites if site.read_only]
+    if read_only:
+        rows.append(("read-only", ", ".join(f"{site.name}{_gated(site)}" for site in read_only)))
     return rows
+
+
+def _gated(site: Site) -> str:
+    """What the gate of a contribution depends on."""
+    if site.measures != "contribution":
+        return ""
+    return f" (gated by the {site.gate.depends})" if site.gate else " (no gate)"
 
 
 def _schedule(scheduler: Any) -> str:

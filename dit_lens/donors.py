@@ -27,8 +27,9 @@ class Pool:
     """
 
     def __init__(self, source: object) -> None:
-        members = [source] if isinstance(source, Run | Activations) or not isinstance(source, Iterable) else list(source)
-        wrong = [type(member).__name__ for member in members if not isinstance(member, Run | Activations)]
+        given = [source] if isinstance(source, Run | Activations) or not isinstance(source, Iterable) else list(source)
+        members = [member for member in given if isinstance(member, Run | Activations)]
+        wrong = [type(member).__name__ for member in given if not isinstance(member, Run | Activations)]
         if wrong or not members:
             raise InputError(
                 f"activations come from a Run that recorded them, or from its .activations, and not from a"

@@ -26,6 +26,9 @@ from dit_lens.schedule import StepClock
 from dit_lens.selection import Cell, Extent, Selector
 from dit_lens.taps import Attention, Bypass, Tap
 
+Claims = dict[tuple[Any, ...], list[tuple[int, Tensor]]]
+"""By place: which edits replace something there, and which tokens and heads."""
+
 
 def as_edits(edits: object) -> tuple[Edit | ReplaceLatents, ...]:
     """The `edits=` argument of a run as a tuple; an InputError for anything that is no edit."""
@@ -85,8 +88,10 @@ class Editor:
                 self._check_sites(edit, self._cells[index])
         self._check_skipped(recorded)
         for index, edit in enumerate(self._edits):
-            where = self._steps[index] if isinstance(edit, ReplaceLatents) else list(self._cells[index])
-            edit.check_run(where, extent.forecast, type(scheduler).__name__)
+            if isinstance(edit, ReplaceLatents):
+                edit.check_run(self._steps[index], extent.forecast, type(scheduler).__name__)
+            else:
+                edit.check_run(list(self._cells[index]), extent.forecast, type(scheduler).__name__)
 
     def _check_sites(self, edit: Edit, cells: Iterable[Cell]) -> None:
         """Refuse what is computed from tensors of the model, and is none of them."""
@@ -151,8 +156,10 @@ class Editor:
         assert clock.layout is not None
         self._clock = clock
         if clock.batch != len(self._seeds):
-            raise RuntimeError(f"the denoiser has {clock.batch} rows for {len(self._seeds)} samples: edits cannot tell rows apart")
-        replaced: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+            raise RuntimeError(
+                f"the denoiser has {clock.batch} rows for {len(self._seeds)} samples: edits cannot tell rows apart"
+            )
+        replaced: Claims = {}
         for index, edit in self._of(Edit):
             edit.at.check_tokens(clock.layout)
             for cell in self._cells[index]:
@@ -161,7 +168,7 @@ class Editor:
                 if edit.replaces:
                     self._check_alone(replaced, index, cell, moment)
 
-    def _check_alone(self, replaced: dict[tuple[Any, ...], list[tuple[int, Tensor]]], index: int, cell: Cell, moment: Moment) -> None:
+    def _check_alone(self, replaced: Claims, index: int, cell: Cell, moment: Moment) -> None:
         """Refuse a replacement of tokens and heads that an earlier edit replaces."""
         # Either of `resid` and `update` follows from the other, so they are one place.
         site = "resid" if cell.site == "update" else cell.site

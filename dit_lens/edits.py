@@ -261,8 +261,7 @@ class Steer(Edit):
         own = tuple(self._step.shape)
         if len(own) > len(shape) or any(ours not in (1, theirs) for ours, theirs in zip(own[::-1], shape[::-1], strict=False)):
             raise InputError(
-                f"{self}: the direction has shape {own}, and the activation {shape}; write one of"
-                f" shape ({shape[-1]},)"
+                f"{self}: the direction has shape {own}, and the activation {shape}; write one of shape ({shape[-1]},)"
             )
 
     def apply(self, activation: Tensor, moment: Moment) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture
@@ -82,7 +83,7 @@ class Port:
                 continue
             where = f"the site {site.name!r} of block {tap.block}"
             if site.read_only:
-                raise InputError(f"{where} is read-only; replace {site.name.removesuffix('_contribution')!r} instead")
+                raise InputError(f"{where} is read-only; replace {site.replaceable} instead")
             if given.shape != seen.shape:
                 raise InputError(f"{where} has shape {tuple(seen.shape)}, and what is to replace it {tuple(given.shape)}")
             value = self._written(value, tap, site, seen, given)
@@ -108,20 +109,18 @@ class Port:
         """
         names = CALL[:3]
         taken = tuple(map(order, (*args[:3], *(kwargs[name] for name in names[len(args) :]))))
+        if self._attentions or any(site.measures == "pair" for _, site in self._taps):
+            self._check_plain({**dict(zip(CALL, args, strict=False)), **kwargs}, taken[0].shape[-1])
         replacement = self.visit(taken)
-        call = {**dict(zip(CALL, args, strict=False)), **kwargs}
         query, key, value = taken if replacement is None else replacement
-        output = self._attended(query, key, value, call)
+        output = self._attended(query, key, value)
         if replacement is not None:
             rest = {name: value for name, value in kwargs.items() if name not in names}
             args, kwargs = (*map(order, replacement), *args[3:]), rest
         return args, kwargs, None if output is None else order(output)
 
-    def _attended(self, query: Tensor, key: Tensor, value: Tensor, call: Mapping[str, Any]) -> Tensor | None:
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """What the attentions answer to a call with these q, k and v; None when they leave it alone."""
-        if not self._attentions:
-            return None
-        self._plain(call, query.shape[-1])
         where = f"the attention call of {self.path}"
         shape = (*query.shape[:3], value.shape[-1])
         answer = None
@@ -136,7 +135,7 @@ class Port:
             answer = given.to(query)
         return answer
 
-    def _plain(self, call: Mapping[str, Any], channels: int) -> None:
+    def _check_plain(self, call: Mapping[str, Any], channels: int) -> None:
         """Refuse a call that is more than softmax(q k^T / sqrt(channels)) v over all keys."""
         allowed = {"attn_mask": (None,), "dropout_p": (None, 0), "is_causal": (None, False), "scale": (None, channels**-0.5)}
         extras = [name for name in CALL[3:] if isinstance(call.get(name), Tensor) or call.get(name) not in allowed[name]]
@@ -187,6 +186,8 @@ class Port:
             return tensor.float() - self._before(tap.stream)
         if site.measures == "contribution":
             return tensor.float() * self._gate(site.gate) if site.gate else tensor.float()
+        if site.measures == "pair":
+            return torch.cat(value[:2], dim=-1)
         return tensor.unflatten(-1, (self._heads, -1)) if site.per_head and tensor.ndim == 3 else tensor
 
     def _written(self, value: Any, tap: Tap, site: Site, seen: Tensor, given: Tensor) -> Any:

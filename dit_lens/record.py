@@ -63,6 +63,9 @@ class Recorder:
     """
 
     def __init__(self, records: tuple[Record, ...], extent: Extent, architecture: Architecture, limit_bytes: int) -> None:
+        for record in records:
+            if isinstance(record.reduce, Reducer):
+                record.reduce.check(record.selector)
         self._records = records
         self._architecture = architecture
         self._limit = limit_bytes
@@ -101,7 +104,8 @@ class Recorder:
                 # The library's own reducers run on tensors without storage, which tells the size of what they keep.
                 for cell in self._wanted[index]:
                     site = self._architecture.site(cell.site, cell.stream)
-                    stand_in = torch.empty(whole, dtype=torch.float32 if site.in_float32 else clock.dtype, device="meta")
+                    shape = (*whole[:-1], whole[-1] * site.side_by_side)
+                    stand_in = torch.empty(shape, dtype=torch.float32 if site.in_float32 else clock.dtype, device="meta")
                     stand_in = stand_in.unflatten(-1, (heads, -1)) if site.per_head else stand_in
                     self._bytes[index] += record.reduce(record.selector.take_tokens(stand_in), cell).nbytes
                 self._check_limit(index)

@@ -2,7 +2,7 @@
 
 A reducer is a function (activation, cell) -> tensor. The activation has shape (batch, frames, height, width,
 channels), or (batch, tokens, channels) when the selector has a token mask; frames are latent frames, height and width
-count tokens. At the sites with rows per head (`heads`, `q`, `k`, `v`) an axis of heads comes before the channels, and
+count tokens. At the sites with rows per head (`heads`, `q`, `k`, `v`, `qk`) an axis of heads comes before the channels, and
 the reducers here keep it. Sums run in float32 whatever the model's precision.
 """
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_lens.errors import InputError
-from dit_lens.selection import Cell
+from dit_lens.selection import Cell, Selector
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Reducer:
     """A reducer that comes with the library: what it keeps can be known before a run."""
 
     name: str
+
+    def check(self, selector: Selector) -> None:
+        """Raise an InputError before a run when what is selected cannot be reduced so."""
 
     def __call__(self, activation: Float[Tensor, "batch ... channels"], cell: Cell) -> Tensor:
         """What to keep of the activation."""

@@ -57,10 +57,10 @@ class StepClock:
     Use it as a context manager around one pipeline call; everything that it attaches is gone afterwards.
 
     While the denoiser runs: `step`, `expert`, `branch`, `timestep`, `sigma`, and from the first call on `layout`,
-    `batch` and `dtype` (of what the denoiser takes), and `text_tokens` (how many it takes; None where it takes none). After the run, one entry per step: `timesteps`, `sigmas`,
-    `experts`, `weights` (of x0-hat), `samples` (what the scheduler received, then its last result) and
-    `outputs[step, branch]`, with the branch `guided` for what the scheduler received; tensors of shape (batch,
-    channels, frames, height, width) on the CPU.
+    `batch` and `dtype` (of what the denoiser takes), and `text_tokens` (how many it takes; None where it takes none).
+    After the run, one entry per step: `timesteps`, `sigmas`, `experts`, `weights` (of x0-hat), `samples` (what the
+    scheduler received, then its last result) and `outputs[step, branch]`, with the branch `guided` for what the scheduler
+    received; tensors of shape (batch, channels, frames, height, width) on the CPU.
 
     Args:
         pipe, architecture: the pipeline, and what is known about its family.

@@ -290,9 +290,10 @@ def at(
             attn, cross_attn, mlp: what the module returns, before any gate; attn_contribution, cross_attn_contribution,
             mlp_contribution: what the block adds of it to the stream (they add up to update); read-only.
             heads: the input of the self-attention's output projection, one row per head.
-            q, k, v: of the self-attention, after normalisation and rotary embedding.
+            q, k, v: of the self-attention, after normalisation and rotary embedding. qk: q and k side by side, (...,
+            heads, 2 * channels), for `dl.frame_map` and `dl.token_map`; read-only.
         stream: visual.
-        head: as for block, at the sites that have rows per head: heads, q, k, v, of shape (batch, frames, height, width,
+        head: as for block, at the sites that have rows per head: heads, q, k, v, qk, of shape (batch, frames, height, width,
             heads, channels). frames: latent frames, as for block.
         tokens: a boolean mask on the layout, of shape (height, width) or (frames, height, width).
 

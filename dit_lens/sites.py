@@ -55,8 +55,9 @@ class Site:
         item: which of the tensors that pass there, where there are several.
         stream: the token stream that the tensor belongs to; None where the block has one such tensor for every stream.
         per_head: whether it has one row per attention head.
-        measures: `value`, what passes; `change`, what passes minus the stream that the block took; `contribution`, what
-            passes times the gate, which is what the block adds to its stream, and read-only. The last two in float32.
+        measures: `value`, what passes; `pair`, the queries and keys side by side, from which weights are recomputed, and
+            read-only; `change`, what passes minus the stream that the block took; `contribution`, what passes times the
+            gate, which is what the block adds to its stream, and read-only. The last two in float32.
         gate: the factor of a contribution; none where the block adds the output as it is.
     """
 
@@ -66,18 +67,28 @@ class Site:
     item: int = 0
     stream: str | None = None
     per_head: bool = False
-    measures: Literal["value", "change", "contribution"] = "value"
+    measures: Literal["value", "pair", "change", "contribution"] = "value"
     gate: Gate | None = None
 
     @property
     def read_only(self) -> bool:
         """Whether it can be read only."""
-        return self.measures == "contribution"
+        return self.measures in ("contribution", "pair")
+
+    @property
+    def replaceable(self) -> str:
+        """What to replace in place of a site that is read-only, in words."""
+        return "'q' or 'k'" if self.measures == "pair" else repr(self.name.removesuffix("_contribution"))
+
+    @property
+    def side_by_side(self) -> int:
+        """How many tensors as wide as the stream stand side by side in it."""
+        return 2 if self.measures == "pair" else 1
 
     @property
     def in_float32(self) -> bool:
         """Whether the tensor is in float32 whatever the model's precision."""
-        return self.measures != "value"
+        return self.measures in ("change", "contribution")
 
 
 BLOCK_SITES = (Site("resid"), Site("update", measures="change"))
@@ -85,7 +96,11 @@ BLOCK_SITES = (Site("resid"), Site("update", measures="change"))
 
 
 def attention_sites(module: str, projection: str) -> tuple[Site, ...]:
-    """The sites inside an attention module of one stream: q, k, v, and the heads that its output projection takes in."""
+    """The sites inside an attention module of one stream: q, k, v, and the heads that its output projection takes in.
+
+    `qk` holds the queries and keys of one call side by side, (batch, tokens, heads, 2 * channels).
+    """
     names = enumerate(("q", "k", "v"))
     inside = tuple(Site(name, module, "attention", item, per_head=True) for item, name in names)
-    return (*inside, Site("heads", f"{module}.{projection}", "input", per_head=True))
+    pair = Site("qk", module, "attention", per_head=True, measures="pair")
+    return (*inside, pair, Site("heads", f"{module}.{projection}", "input", per_head=True))

@@ -22,14 +22,14 @@ dit_lens.reasoner.data dit_lens.reasoner.folders dit_lens.reasoner.team dit_lens
 dit_lens.reasoner.models
 dit_lens.reasoner.train_dit dit_lens.reasoner.train_vae
 dit_lens.reasoner dit_lens.reasoner.train
-dit_lens.sites
+dit_lens.sites dit_lens.attention
 dit_lens.architectures
 dit_lens.taps
 dit_lens.noise
 dit_lens.schedule
 dit_lens.selection
 dit_lens.activations dit_lens.reducers
-dit_lens.record
+dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours
 dit_lens.hooks dit_lens.tracing
 dit_lens.run

@@ -54,8 +54,8 @@ def test_describe_is_a_table_of_what_there_is(any_pipe: Any) -> None:
     assert table["transformer"].startswith("3 blocks (WanTransformerBlock, width 16)")
     assert ("switch" in table) == ("transformer_2" in table) == (any_pipe.transformer_2 is not None)
     assert table["sites"] == ", ".join(site.name for site in WAN.sites)
-    assert table["heads"] == "2, at q, k, v, heads"
-    assert table["read-only"].startswith("attn_contribution (gated by the timestep), cross_attn_contribution (no gate)")
+    assert table["heads"] == "2, at q, k, v, qk, heads"
+    assert table["read-only"].startswith("qk, attn_contribution (gated by the timestep), cross_attn_contribution (no gate)")
     assert table["guidance"] == "sequential: cond, then uncond, when guidance_scale > 1"
     assert table["schedule"] == "FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=1000)"
     assert str(lens.describe()).count("\n") == len(table) - 1

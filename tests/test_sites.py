@@ -20,7 +20,8 @@ from dit_lens.tracing import TracingEngine
 HEADS = 2
 LAYOUT = (2, 2, 2)
 NAMES = [site.name for site in WAN.sites]
-PER_HEAD = ["q", "k", "v", "heads"]
+REPLACEABLE = [site.name for site in WAN.sites if not site.read_only]
+PER_HEAD = ["q", "k", "v", "qk", "heads"]
 PARTS = ["attn_contribution", "cross_attn_contribution", "mlp_contribution"]
 BLOCK = 1
 ENGINES = [TracingEngine, HookEngine]
@@ -59,7 +60,8 @@ def heard(pipe: Any, path: str, what: str) -> list[Tensor]:
 def test_sites_are_labelled_and_shaped(recorded: dl.Run) -> None:
     assert [cell.site for cell in recorded.activations.cells] == NAMES
     for entry in recorded.activations:
-        rows = (HEADS, WIDTH // HEADS) if entry.cell.site in PER_HEAD else (WIDTH,)
+        channels = WIDTH // HEADS * (2 if entry.cell.site == "qk" else 1)
+        rows = (HEADS, channels) if entry.cell.site in PER_HEAD else (WIDTH,)
         assert entry.tensor.shape == (1, *LAYOUT, *rows)
         assert (entry.cell.block, entry.cell.step, entry.cell.branch) == (BLOCK, 1, "uncond")
 
@@ -128,7 +130,7 @@ def test_module_sites_are_what_the_module_returns(image_pipe: Any, engine: str, 
         assert torch.equal(entry.tensor.flatten(1, 3), output)
 
 
-@pytest.mark.parametrize("site", [name for name in NAMES if name not in PARTS])
+@pytest.mark.parametrize("site", REPLACEABLE)
 def test_a_replacement_takes_effect_and_both_engines_agree(any_pipe: Any, site: str) -> None:
     calls: list[Tensor] = []
 
@@ -145,7 +147,7 @@ def test_a_replacement_takes_effect_and_both_engines_agree(any_pipe: Any, site: 
 
 
 @pytest.mark.parametrize("engine_class", ENGINES)
-@pytest.mark.parametrize("site", [name for name in NAMES if name not in [*PARTS, "update"]])
+@pytest.mark.parametrize("site", [name for name in REPLACEABLE if name != "update"])
 def test_an_equal_replacement_changes_no_bit(image_pipe: Any, engine_class: type, site: str) -> None:
     plain = edited(image_pipe, HookEngine, [])
     assert torch.equal(edited(image_pipe, engine_class, [Tap("transformer", BLOCK, site, Tensor.clone)]), plain)
@@ -179,8 +181,9 @@ def test_a_replacement_is_what_the_rest_of_the_block_sees(image_pipe: Any, engin
     ("site", "given", "message"),
     [
         ("mlp_contribution", torch.zeros_like, r"'mlp_contribution' of block 1 is read-only; replace 'mlp' instead"),
+        ("qk", torch.zeros_like, r"'qk' of block 1 is read-only; replace 'q' or 'k' instead"),
         ("heads", lambda tensor: tensor[:, :1], r"'heads' of block 1 has shape \(1, 8, 2, 8\), .* it \(1, 1, 2, 8\)"),
-        ("logits", torch.zeros_like, r"Wan has no site 'logits' in the stream 'visual'; there is q, k, v, heads, attn"),
+        ("logits", torch.zeros_like, r"Wan has no site 'logits' in the stream 'visual'; there is q, k, v, qk, heads, attn"),
     ],
 )
 def test_what_cannot_be_replaced_is_refused(image_pipe: Any, engine_class: type, site: str, given: Any, message: str) -> None:
@@ -223,14 +226,14 @@ def test_heads_are_selected(image_pipe: Any, engine: str) -> None:
     assert torch.equal(norms, whole.norm(dim=-1))
     assert torch.allclose(means, whole.mean(dim=(2, 3)))
     assert torch.equal(region, whole[:, :, 0, 0])
-    assert str(records[1]) == "at(block=1, step=1, branch='cond', site=['q', 'k', 'v', 'heads'], head=1)"
+    assert str(records[1]) == "at(block=1, step=1, branch='cond', site=['q', 'k', 'v', 'qk', 'heads'], head=1)"
 
 
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        ({"head": 0}, r"at\(head=0\): head= belongs to the sites q, k, v, heads; name them with site="),
-        ({"head": 0, "site": "all"}, r"head= belongs to the sites q, k, v, heads"),
+        ({"head": 0}, r"at\(head=0\): head= belongs to the sites q, k, v, qk, heads; name them with site="),
+        ({"head": 0, "site": "all"}, r"head= belongs to the sites q, k, v, qk, heads"),
         ({"head": 2, "site": "q"}, r"head 2 is out of range: there are 2 heads, write 0 to 1"),
     ],
 )
