@@ -59,9 +59,9 @@ class ReplaceLatents:
         donor: a run of the same schedule and shape, of one row or as many as this run.
         noise: a seed for fresh noise.
         how: `replace`: by the donor's latents, or by standard normal noise, whatever the noise level.
-            `sigma_matched`: by a clean video at the noise level of the step. The video is the donor's x0-hat of this step;
-            without a donor, the x0-hat that this run made last (zeros before step 0). The noise is fresh; without `noise`,
-            it is the noise that this run's latents hold beside that x0-hat.
+            `sigma_matched`: by a clean video at the noise level of the step. The video is the x0-hat of the step before,
+            which is the one that the latents of this step hold: the donor's, or without a donor this run's own; zeros at
+            step 0. The noise is fresh; without `noise`, it is what this run's latents hold beside their own video.
             `dose_matched`: add noise (with a donor, the difference to its latents) scaled to `dose` times the L2 norm of
             the row's latents, all frames of them, so that noise in one frame and in all is the same dose.
         frames: latent frames, as in `dl.at`; the others keep their bits. All when left out.
@@ -131,7 +131,9 @@ class ReplaceLatents:
     def _sigma_matched(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
         own = passage.x0_hat()
         own = torch.zeros_like(latents) if own is None else own.to(latents)
-        clean = own if self.donor is None else self._of_donor(self.donor.x0_hat(passage.step), latents)
+        clean = own
+        if self.donor is not None and passage.step > 0:
+            clean = self._of_donor(self.donor.x0_hat(passage.step - 1), latents)
         signal, scale = passage.state.signal, passage.state.noise
         if self.noise is None:
             return latents + signal * (clean - own)
