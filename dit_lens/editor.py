@@ -86,12 +86,12 @@ class Editor:
             else:
                 self._cells[index] = {cell: cell for cell in edit.at.cells(extent)}
                 self._check_sites(edit, self._cells[index])
-        self._check_skipped(recorded)
         for index, edit in enumerate(self._edits):
             if isinstance(edit, ReplaceLatents):
                 edit.check_run(self._steps[index], extent.forecast, type(scheduler).__name__)
             else:
                 edit.check_run(list(self._cells[index]), extent.forecast, type(scheduler).__name__)
+        self._check_skipped(recorded)
 
     def _check_sites(self, edit: Edit, cells: Iterable[Cell]) -> None:
         """Refuse what is computed from tensors of the model, and is none of them."""
