@@ -95,7 +95,7 @@ def test_a_donor_must_have_run_alike(lens: dl.Lens, donor: dl.Run) -> None:
     frame = run(lens, record=dl.at(block=1, step=0, frames=0))
     for source, at, message in (
         (reduced, where, "which it reduced with norm; it holds"),
-        (shorter, where, r"the donor has another schedule: its 3 sigmas begin with 1, 0.8\d+, .*, and the 4 of this run with 1,"),
+        (shorter, where, r"the donor has another schedule: its 3 sigmas begin with 1, 0.7511, .*, and the 4 of this run with 1, 0.85"),
         (shorter.activations, dl.at(block=1, step=[0, 1]), "the donor lacks 2 of 4 cells"),
         (wider, where, r"rows have shape \(2, 2, 4, 16\), and \(2, 2, 2, 16\) is needed; run the donor with frames, height"),
         (double, where, "the donor has 2 rows, and this run 1; run the donor with one seed and prompt"),
@@ -109,7 +109,7 @@ def test_a_donor_must_have_run_alike(lens: dl.Lens, donor: dl.Run) -> None:
             run(lens, dl.Patch(at, source))
     later = run(lens, record=dl.at(block=1, step=1), num_inference_steps=3)
     with pytest.raises(
-        dl.InputError, match=r"the donor is at sigma 0.8\d+ \(timestep \d+\.?\d*\) at step 1, and this run at 0.9"
+        dl.InputError, match=r"the donor is at sigma 0.7511 \(timestep 751.*\) at step 1, and this run at 0.8577"
     ):
         run(lens, dl.Patch(dl.at(block=1, step=1), later.activations))
     solver = tiny_pipeline()
@@ -355,7 +355,7 @@ def outcome(lens: dl.Lens, edits: list[Any]) -> dl.Run | str:
         return str(error)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(makes=st.lists(edits_anywhere(), min_size=1, max_size=3))
 def test_both_engines_agree_on_any_edits(pair: tuple[dl.Lens, dl.Lens, dl.Run, dict[str, Any]], makes: list[Make]) -> None:
     traced, hooked, donor, before = pair
@@ -372,7 +372,7 @@ def test_both_engines_agree_on_any_edits(pair: tuple[dl.Lens, dl.Lens, dl.Run, d
             assert ours.fired[index] == len(edit.at.cells(traced._extent(traced.forecast(**arguments(traced.pipe))))), edit
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     makes=st.lists(edits_anywhere(), max_size=2),
     error=st.sampled_from([ZeroDivisionError, KeyboardInterrupt]),
