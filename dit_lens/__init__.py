@@ -20,14 +20,17 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, register
 from dit_lens.attention_maps import frame_map, token_map
+from dit_lens.calls import DenoiserCall
 from dit_lens.edits import AddNoise, Average, Edit, Mean, Moment, Patch, PatchUpdate, Resample, Skip, Steer, Zero
 from dit_lens.errors import InputError
 from dit_lens.knockout import KnockoutAttention
 from dit_lens.latent_edits import ReplaceLatents
+from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
 from dit_lens.record import Record
 from dit_lens.reducers import frame_mean, full, norm, region_mean
+from dit_lens.replay import Replay, Resume
 from dit_lens.run import Run
 from dit_lens.selection import Cell, Selector, at
 from dit_lens.sites import Gate, Site
@@ -41,6 +44,7 @@ __all__ = [
     "Architecture",
     "Average",
     "Cell",
+    "DenoiserCall",
     "Edit",
     "Gate",
     "InputError",
@@ -53,17 +57,22 @@ __all__ = [
     "PatchUpdate",
     "Record",
     "ReplaceLatents",
+    "Replay",
     "Resample",
+    "Resume",
     "Run",
     "Selector",
     "Site",
     "Skip",
     "Steer",
+    "TunedLens",
     "Zero",
     "at",
+    "fit_tuned_lens",
     "frame_map",
     "frame_mean",
     "full",
+    "layer_lens",
     "load",
     "norm",
     "reasoner",

@@ -22,7 +22,7 @@ from dit_lens.knockout import KnockoutAttention
 from dit_lens.latent_edits import Passage, ReplaceLatents
 from dit_lens.noise import noise_state, weighted
 from dit_lens.record import check_label
-from dit_lens.schedule import StepClock
+from dit_lens.schedule import Clock, StepClock
 from dit_lens.selection import Cell, Extent, Selector
 from dit_lens.taps import Attention, Bypass, Tap
 
@@ -74,7 +74,7 @@ class Editor:
         self._scheduler = scheduler
         self._width = width
         self._seeds, self._prompts = seeds, prompts
-        self._clock: StepClock | None = None
+        self._clock: Clock | None = None
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._places: dict[tuple[int, tuple[int, ...]], tuple[Tensor, str]] = {}
         self._cells: dict[int, dict[Cell, Cell]] = {}
@@ -123,6 +123,11 @@ class Editor:
         return [(index, edit) for index, edit in enumerate(self._edits) if isinstance(edit, kinds)]
 
     @property
+    def cells(self) -> list[Cell]:
+        """Every cell that some edit is to change."""
+        return [cell for cells in self._cells.values() for cell in cells]
+
+    @property
     def taps(self) -> list[Tap]:
         """One tap for each edit and each site of each block that it may change, in the order of the edits."""
         others = [(index, edit) for index, edit in self._of(Edit) if not isinstance(edit, Skip | KnockoutAttention)]
@@ -151,11 +156,11 @@ class Editor:
         """What the clock is to ask about latents; None where no edit is about them."""
         return self._rewrite if self._steps else None
 
-    def begin(self, clock: StepClock) -> None:
+    def begin(self, clock: Clock) -> None:
         """At the first denoiser call, before any block runs: check what depends on the layout and the batch."""
         assert clock.layout is not None
         self._clock = clock
-        if clock.batch != len(self._seeds):
+        if self._edits and clock.batch != len(self._seeds):
             raise RuntimeError(
                 f"the denoiser has {clock.batch} rows for {len(self._seeds)} samples: edits cannot tell rows apart"
             )
@@ -304,7 +309,9 @@ class Editor:
     def _last_bet(self) -> Tensor | None:
         """The x0-hat of the step before, or None before the first one and where there is none."""
         clock = self._clock
-        weights = clock.weights[-1] if clock is not None and clock.weights else None
-        if clock is None or weights is None:
+        if not isinstance(clock, StepClock) or not clock.weights:
+            return None
+        weights = clock.weights[-1]
+        if weights is None:
             return None
         return weighted(weights, clock.samples[-1], clock.outputs[len(clock.weights) - 1, "guided"])

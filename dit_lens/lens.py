@@ -14,6 +14,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 from dit_lens import batching, loading
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, lookup
+from dit_lens.calls import DenoiserCall, sample_of
 from dit_lens.describe import Description, describe
 from dit_lens.editor import Editor, as_edits
 from dit_lens.edits import Edit
@@ -33,6 +35,7 @@ from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
 from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.record import Record, Recorder, as_records
+from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
 from dit_lens.run import Run
 from dit_lens.schedule import Forecast, StepClock, forecast
 from dit_lens.selection import Extent, Selector
@@ -145,6 +148,9 @@ class Lens:
         decode: bool = True,
         progress: bool = False,
         limit_bytes: int = LIMIT_BYTES,
+        keep_calls: bool = False,
+        answers: Mapping[tuple[int, str], Tensor | Resume] | None = None,
+        until: int | None = None,
         **inputs: Any,
     ) -> Run:
         """Run the pipeline, with its trajectory and what `record` selects.
@@ -157,6 +163,10 @@ class Lens:
             decode: whether to decode the video.
             progress: whether to show the pipeline's progress bar.
             limit_bytes: refuse a run that would keep more than this of activations.
+            keep_calls: whether to keep every denoiser call in `Run.calls`, for `replay`.
+            answers: what is known of denoiser calls, by (step, branch), and need not be computed again: the output (see
+                `Run.answers`), or a `dl.Resume` with the streams that some block takes.
+            until: the last step to run; the run then ends there, without a video.
             inputs: the pipeline's own keyword arguments. `prompt` may be a list; images may be PIL images, lists of
                 them, or tensors of shape (3, H, W) or (P, 3, H, W) in [0, 1].
 
@@ -172,25 +182,96 @@ class Lens:
         records, changes = as_records(record), as_edits(edits)
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
         with self._alone(progress):
-            extent = self._extent(self._forecast(inputs)) if records or changes else None
-            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records and extent else None
-            editor = self._editor(changes, extent, call, recorder) if changes and extent else None
-            parts = [part for part in (editor, recorder) if part is not None]
+            foreseen = self._forecast(inputs)
+            if records or changes or answers or keep_calls:
+                self._check_uncached()
+            self._check_until(until, decode, foreseen)
+            extent = self._extent(foreseen)
+            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records else None
+            editor = self._editor(changes, extent, call.seeds, call.groups, recorder)
+            stored = Answers(answers or {}, foreseen, self.pipe, self.architecture)
+            stored.check_reach([*editor.cells, *(recorder.cells if recorder else ())])
 
             def begin(clock: StepClock) -> None:
-                for part in parts:
-                    part.begin(clock)
+                for part in (editor, recorder):
+                    if part is not None:
+                        part.begin(clock)
 
-            clock = StepClock(self.pipe, self.architecture, begin, editor.rewrite if editor else None)
+            clock = StepClock(self.pipe, self.architecture, begin, editor.rewrite, keep_calls, until)
+
+            def run() -> Any:
+                with stored.serving(clock):
+                    return clock.stopping(lambda: self.pipe(**arguments))
+
             # Edits first: what is recorded is what they left.
-            taps = [tap for part in parts for tap in part.taps]
-            detours = (editor.bypasses, editor.attentions) if editor else ((), ())
+            taps = [*editor.taps, *(recorder.taps if recorder else ())]
             with clock, call.context(self.pipe):
-                output = self._tapped(lambda: self.pipe(**arguments), taps, *detours)
-        fired = editor.finish() if editor else {}
+                output = self._tapped(run, taps, [*stored.bypasses(clock), *editor.bypasses], editor.attentions)
+            stored.check_asked(clock.step)
+        fired = editor.finish()
         activations = recorder.finish() if recorder else Activations()
         video = to_host(output.frames.movedim(2, -1)) if decode else None
         return self._run(call, clock, video, activations, fired)
+
+    def replay(
+        self,
+        call: DenoiserCall,
+        record: Selector | Record | Iterable[Selector | Record] = (),
+        edits: Edit | ReplaceLatents | Iterable[Edit | ReplaceLatents] = (),
+        taps: Sequence[Tap] = (),
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
+        resume: Resume | None = None,
+        gradients: bool = False,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> Replay:
+        """Make one denoiser call again, alone: no text is encoded, no other step runs, nothing is decoded.
+
+        Args:
+            call: one of `Run.calls`, of a run of this lens.
+            record, edits: as for `run`; what belongs to other calls is not looked for. Edits of latents are for `run`.
+            taps, bypasses, attentions: what an engine does on the way. The visitors of taps get the tensors themselves,
+                with gradients those of the graph.
+            resume: where to start, and from which stored streams, instead of at the first block.
+            gradients: whether to keep the graph, from the latents (or the streams of `resume`) to the velocity. Weights
+                have no part in it.
+            limit_bytes: as for `run`.
+
+        Returns:
+            The velocity, the same bits as the denoiser's output in the run where nothing is changed, and what was recorded.
+
+        Raises:
+            InputError: a selection matches nothing in this call, or the call cannot be made again.
+        """
+        self._check_uncached()
+        call.check_unchanged()
+        denoiser, foreseen = self.architecture.denoisers(self.pipe)[call.expert], forecast_of(call)
+        records, changes = as_records(record), as_edits(edits)
+        elsewhere = [str(edit) for edit in changes if isinstance(edit, ReplaceLatents)]
+        if elsewhere:
+            raise InputError(f"{listed(elsewhere)} is between calls, and a call that is made again has its latents; use run()")
+        if gradients:
+            call, resume = with_leaves(call, resume)
+        with self._alone(progress=False), differentiable(denoiser) if gradients else torch.no_grad():
+            start = {} if resume is None else {(call.step, call.branch): resume}
+            stored = Answers(start, foreseen, self.pipe, self.architecture)
+            clock = clock_of(call, self.pipe, self.architecture)
+            extent = self._extent(foreseen)
+            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records else None
+            editor = self._editor(changes, extent, call.seeds, call.prompts, recorder)
+            stored.check_reach([*editor.cells, *(recorder.cells if recorder else ())])
+            editor.begin(clock)
+            if recorder is not None:
+                recorder.begin(clock)
+            output = self._tapped(
+                lambda: denoiser(*call.args, **call.kwargs),
+                [*taps, *editor.taps, *(recorder.taps if recorder else ())],
+                [*stored.bypasses(clock), *bypasses, *editor.bypasses],
+                [*attentions, *editor.attentions],
+            )
+        editor.finish()
+        activations = recorder.finish() if recorder else Activations()
+        return Replay(call, sample_of(output), activations)
 
     def decode(
         self, latents: Float[Tensor, "*batch channels frames height width"], rows: int | None = None
@@ -219,11 +300,16 @@ class Lens:
         return torch.cat(videos).unflatten(0, leading) if leading else torch.cat(videos)[0]
 
     def _tapped(
-        self, function: Callable[[], Result], taps: Sequence[Tap], bypasses: Sequence[Bypass], attentions: Sequence[Attention]
+        self,
+        function: Callable[[], Result],
+        taps: Sequence[Tap],
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
     ) -> Result:
-        """Run a function with taps, bypasses and attentions in place; without any, no engine has a part in it."""
-        anything = taps or bypasses or attentions
-        return self._engine.call(function, taps, bypasses, attentions) if anything else function()
+        """Run a function with taps and the like in place; without any, no engine has a part in it."""
+        if not (taps or bypasses or attentions):
+            return function()
+        return self._engine.call(function, taps, bypasses, attentions)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -234,12 +320,22 @@ class Lens:
 
         return TracingEngine(self.pipe, self.architecture)
 
-    def _extent(self, foreseen: Forecast) -> Extent:
-        """What there is to select from."""
+    def _check_uncached(self) -> None:
         denoisers = self.architecture.denoisers(self.pipe)
         cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
         if cached:
-            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() before recording or editing")
+            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() first")
+
+    def _check_until(self, until: int | None, decode: bool, foreseen: Forecast) -> None:
+        steps = len(foreseen.timesteps)
+        if until is not None and not 0 <= until < steps:
+            raise InputError(f"until={until} is no step of this run; write 0 to {steps - 1}")
+        if until is not None and decode:
+            raise InputError(f"a run until step {until} ends before there is a video; write decode=False")
+
+    def _extent(self, foreseen: Forecast) -> Extent:
+        """What there is to select from."""
+        denoisers = self.architecture.denoisers(self.pipe)
         return Extent(
             blocks={name: len(self.architecture.block_list(module)) for name, module in denoisers.items()},
             forecast=foreseen,
@@ -250,18 +346,16 @@ class Lens:
         )
 
     def _editor(
-        self, edits: tuple[Edit | ReplaceLatents, ...], extent: Extent, call: batching.Call, recorder: Recorder | None
+        self,
+        edits: tuple[Edit | ReplaceLatents, ...],
+        extent: Extent,
+        seeds: tuple[int, ...],
+        prompts: tuple[int, ...],
+        recorder: Recorder | None,
     ) -> Editor:
-        return Editor(
-            edits,
-            extent,
-            self.architecture,
-            self.pipe.scheduler,
-            width=self.architecture.width(next(iter(self.architecture.denoisers(self.pipe).values()))),
-            seeds=call.seeds,
-            prompts=call.groups,
-            recorded=recorder.selections if recorder else (),
-        )
+        width = self.architecture.width(next(iter(self.architecture.denoisers(self.pipe).values())))
+        recorded = recorder.selections if recorder else ()
+        return Editor(edits, extent, self.architecture, self.pipe.scheduler, width, seeds, prompts, recorded)
 
     def _run(
         self,
@@ -290,6 +384,7 @@ class Lens:
             activations=activations,
             fired=fired,
             text_tokens=clock.text_tokens,
+            calls={place: replace(kept, seeds=call.seeds, prompts=call.groups) for place, kept in clock.calls.items()},
         )
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:

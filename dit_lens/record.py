@@ -19,7 +19,7 @@ from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Architecture
 from dit_lens.errors import InputError
 from dit_lens.reducers import Reducer, full, reducer_name
-from dit_lens.schedule import StepClock
+from dit_lens.schedule import Clock
 from dit_lens.selection import Cell, Extent, Selector
 from dit_lens.taps import Tap, to_host
 
@@ -75,7 +75,12 @@ class Recorder:
         self._bytes = [0] * len(records)
         self._parts: dict[tuple[int, tuple[int, ...]], str] = {}
         self._entries: list[Entry] = []
-        self._clock: StepClock | None = None
+        self._clock: Clock | None = None
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell that some record is to take."""
+        return [cell for wanted in self._wanted for cell in wanted]
 
     @property
     def selections(self) -> list[tuple[Selector, list[Cell]]]:
@@ -92,7 +97,7 @@ class Recorder:
             for expert, block, site, stream in sorted(places, key=lambda p: (p[0], p[1], order[p[2]], p[3]))
         ]
 
-    def begin(self, clock: StepClock) -> None:
+    def begin(self, clock: Clock) -> None:
         """At the first denoiser call: check token selections, and say what will be kept, before any block runs."""
         assert clock.layout is not None
         self._clock = clock

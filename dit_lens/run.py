@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
+from dit_lens.calls import DenoiserCall
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import weighted
 from dit_lens.selection import Cell
@@ -47,6 +48,7 @@ class Run:
         activations: what was recorded.
         fired: how often each edit was applied, by its place in `edits=`.
         text_tokens: number of text tokens that the denoiser read, padding included; None where it reads no text.
+        calls: every call of a denoiser by (step, branch), when they were asked for; on the model's device, and not saved.
     """
 
     seeds: tuple[int, ...]
@@ -64,6 +66,7 @@ class Run:
     activations: Activations = field(default_factory=Activations)
     fired: Mapping[int, int] = field(default_factory=dict)
     text_tokens: int | None = None
+    calls: Mapping[tuple[int, str], DenoiserCall] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -83,6 +86,15 @@ class Run:
         if branch not in self.outputs:
             raise InputError(f"this run has no branch {branch!r}; write one of {listed(self.outputs)}")
         return self.outputs[branch][self._step(step)]
+
+    def answers(self, before: int | None = None) -> dict[tuple[int, str], Tensor]:
+        """The denoiser's outputs by (step, branch), for the `answers=` of a run that begins as this one did.
+
+        Args:
+            before: the first step that is left out; all steps are in when left out.
+        """
+        steps = self.steps if before is None else self._step(before)
+        return {(step, branch): self.outputs[branch][step] for step in range(steps) for branch in self.branches}
 
     def x0_hat(self, step: int, branch: str = "guided") -> Float[Tensor, "batch channels frames height width"]:
         """The clean latents that the denoiser's output at a step implies, in float32.

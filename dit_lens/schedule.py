@@ -16,15 +16,16 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture, Layout
+from dit_lens.calls import DenoiserCall, detached, sample_of, taken_latents, text_length, versions
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import forget_history, noise_state, x0_weights
-from dit_lens.taps import replaced_attribute, to_host
+from dit_lens.taps import Result, replaced_attribute, to_host
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,49 @@ def forecast(pipe: Any, architecture: Architecture, num_inference_steps: int, gu
     """The schedule that a pipeline call with these arguments will follow; the pipeline's scheduler is left alone."""
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
-    timesteps = tuple(float(timestep) for timestep in scheduler.timesteps)
-    states = [noise_state(scheduler, timestep, index) for index, timestep in enumerate(timesteps)]
+    timesteps, sigmas = levels(scheduler)
     return Forecast(
         timesteps=timesteps,
-        sigmas=tuple(state.sigma for state in states),
+        sigmas=sigmas,
         experts=tuple(architecture.expert_at(pipe, timestep) for timestep in timesteps),
         branches=architecture.branches_at(guidance_scale),
     )
+
+
+def levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The timesteps of a scheduler that has them set, and their sigmas."""
+    timesteps = tuple(float(timestep) for timestep in scheduler.timesteps)
+    return timesteps, tuple(noise_state(scheduler, timestep, index).sigma for index, timestep in enumerate(timesteps))
+
+
+@runtime_checkable
+class Clock(Protocol):
+    """What visitors ask while a denoiser runs: which call it is. The clock of a run, or of one call made again."""
+
+    @property
+    def pipe(self) -> Any: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def expert(self) -> str: ...
+    @property
+    def branch(self) -> str: ...
+    @property
+    def timestep(self) -> float: ...
+    @property
+    def sigma(self) -> float: ...
+    @property
+    def layout(self) -> Layout | None: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def text_tokens(self) -> int | None: ...
+
+
+class _Stop(Exception):
+    """Ends a pipeline call after the last step that was asked for."""
 
 
 class StepClock:
@@ -69,6 +105,8 @@ class StepClock:
             of the same shape, or None to leave them. The latents of step 0 are those of the pipeline's
             `prepare_latents`, later ones what `scheduler.step` returned; after the last step nothing is asked.
             A multistep solver begins anew where the latents change, as its history belongs to the old ones.
+        keep_calls: whether to keep every denoiser call, as `calls[step, branch]`.
+        until: the last step to run; `stopping` then ends the pipeline call.
     """
 
     def __init__(
@@ -77,11 +115,16 @@ class StepClock:
         architecture: Architecture,
         begin: Callable[[StepClock], None] | None = None,
         rewrite: Callable[[int, Tensor], Tensor | None] | None = None,
+        keep_calls: bool = False,
+        until: int | None = None,
     ) -> None:
         self.pipe = pipe
         self._architecture = architecture
         self._begin = begin
         self._rewrite = rewrite
+        self._keep_calls = keep_calls
+        self._until = until
+        self._pending: dict[str, dict[str, Any]] = {}
         self._calls = 0
         self._context: str | None = None
         self._last: Tensor | None = None
@@ -102,6 +145,20 @@ class StepClock:
         self.weights: list[tuple[float, float] | None] = []
         self.samples: list[Tensor] = []
         self.outputs: dict[tuple[int, str], Tensor] = {}
+        self.calls: dict[tuple[int, str], DenoiserCall] = {}
+        self._levels: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+
+    def stopping(self, function: Callable[[], Result]) -> Result | None:
+        """Run a function that calls the pipeline; None when the clock stopped it after the step `until`."""
+        try:
+            return function()
+        except _Stop:
+            # What the pipeline does itself where its loop ends.
+            if hasattr(self.pipe, "_current_timestep"):
+                self.pipe._current_timestep = None
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()
+            return None
 
     def __enter__(self) -> StepClock:
         with ExitStack() as attached:
@@ -137,15 +194,17 @@ class StepClock:
         self.timestep = self._timestep()
         self.sigma = noise_state(self.pipe.scheduler, self.timestep).sigma
         if self.layout is None:
-            call = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
-            latents: Tensor = call["hidden_states"]
+            latents = taken_latents(denoiser, args, kwargs)
             self.layout = self._architecture.layout(denoiser, latents.shape)
             self.batch = latents.shape[0]
             self.dtype = latents.dtype
-            text: Tensor | None = call.get("encoder_hidden_states")
-            self.text_tokens = None if text is None else text.shape[1]
+            self.text_tokens = text_length(denoiser, args, kwargs)
             if self._begin is not None:
                 self._begin(self)
+        if self._keep_calls:
+            named = {name: detached(value) for name, value in kwargs.items()}
+            written = versions(args, kwargs)
+            self._pending[self.branch] = {"args": tuple(map(detached, args)), "kwargs": named, "versions": written}
 
     def _branch(self) -> str:
         """The name that the pipeline gave the call; where it gives none, the place of the call in its step."""
@@ -164,7 +223,7 @@ class StepClock:
         return float(self.pipe.scheduler.timesteps[self.step] if current is None else current)
 
     def _after_call(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.outputs[self.step, self.branch] = to_host(output[0] if isinstance(output, tuple) else output.sample)
+        self.outputs[self.step, self.branch] = to_host(sample_of(output))
 
     def _naming(self, cache_context: Callable[..., Any]) -> Callable[..., Any]:
         """The denoiser's `cache_context`, remembering the name that it was entered with."""
@@ -199,10 +258,14 @@ class StepClock:
             self.weights.append(x0_weights(noise_state(scheduler, self.timestep)))
             self.samples.append(to_host(call["sample"]))
             self.outputs[self.step, "guided"] = to_host(call["model_output"])
+            self._file_calls()
             result = step(*args, **kwargs)
             self.step += 1
             self._calls = 0
             stepped: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+            if self._until is not None and self.step > self._until:
+                self._last = stepped
+                raise _Stop
             self._last = stepped if self.step == len(scheduler.timesteps) else self._rewritten(stepped)
             if self._last is stepped:
                 return result
@@ -214,6 +277,17 @@ class StepClock:
             return result
 
         return stepping
+
+    def _file_calls(self) -> None:
+        """File the denoiser calls of the step under way; all of what they are part of is known at its end."""
+        if self._pending and not self._levels[0]:
+            self._levels = levels(self.pipe.scheduler)
+        for branch, call in self._pending.items():
+            place = {"expert": self.expert, "step": self.step, "branch": branch}
+            self.calls[self.step, branch] = DenoiserCall(
+                **place, **call, latents=self.samples[-1], weights=self.weights[-1], levels=self._levels
+            )
+        self._pending = {}
 
     def _preparing(self, prepare_latents: Callable[..., Any]) -> Callable[..., Any]:
         """The pipeline's `prepare_latents`, which returns the first latents, alone or before what it made for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import unwrap
 from typing import Any
 
 import pytest
@@ -60,15 +61,15 @@ def test_keys_that_are_not_allowed_have_no_part_in_it() -> None:
 
 
 def test_a_query_without_keys_gives_zeros_and_finite_gradients() -> None:
-    tensors = [tensor.requires_grad_() for tensor in parts(1)]
+    query, key, value = tensors = [tensor.requires_grad_() for tensor in parts(1)]
     allowed = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
     allowed[3] = False
-    found = masked_attention(*tensors, allowed)
+    found = masked_attention(query, key, value, allowed)
     assert not found[:, 3].any()
     found.square().sum().backward()
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in tensors)
-    assert tensors[0].grad is not None
-    assert not tensors[0].grad[:, 3].any()
+    assert query.grad is not None
+    assert not query.grad[:, 3].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,8 +86,7 @@ def test_precision_stays_and_chunks_change_little(dtype: torch.dtype, monkeypatc
     "shape", [(TOKENS,), (TOKENS, 5), (5, TOKENS, TOKENS), (1, 2, TOKENS, TOKENS), (1, 1, 1, TOKENS, TOKENS)]
 )
 def test_a_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    # Below the checker of the tests, which knows the shapes too.
-    masked: Any = masked_attention.__wrapped__ if hasattr(masked_attention, "__wrapped__") else masked_attention
+    masked: Any = unwrap(masked_attention)  # below the checker of the tests, which knows the shapes too
     with pytest.raises(InputError, match=r"does not fit attention of 2 x 3 heads from 12 queries to 12 keys; write \(queries"):
         masked(*parts(0), torch.ones(shape, dtype=torch.bool))
 

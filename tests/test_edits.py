@@ -201,7 +201,7 @@ def test_skipping_is_a_block_that_hands_on_what_it_takes(lens: dl.Lens) -> None:
 
 
 def test_a_skipped_block_can_be_written_to(lens: dl.Lens) -> None:
-    where = {"block": 1, "step": 1}
+    where: dict[str, Any] = {"block": 1, "step": 1}
     edits = [dl.Skip(dl.at(**where)), dl.Steer(dl.at(**where), torch.ones(WIDTH))]
     edited = run(lens, *edits, record=dl.at(block=[0, 1], step=1, branch="cond"))
     assert torch.equal(edited.activation(block=1), edited.activation(block=0) + 1)
@@ -240,7 +240,7 @@ def test_averages_go_to_all_rows_of_a_prompt_or_to_one(lens: dl.Lens) -> None:
 
 
 def test_means_and_draws_are_over_the_rows_of_a_pool(lens: dl.Lens) -> None:
-    where = {"block": [0, 2], "step": 1, "branch": "cond"}
+    where: dict[str, Any] = {"block": [0, 2], "step": 1, "branch": "cond"}
     record = dl.at(**where)
     one = run(lens, record=record, **OTHER)
     assert same(run(lens, dl.Mean(record, one), record=record), run(lens, dl.Patch(record, one), record=record))

@@ -25,7 +25,7 @@ dit_lens.reasoner dit_lens.reasoner.train
 dit_lens.sites dit_lens.attention
 dit_lens.architectures
 dit_lens.taps
-dit_lens.noise
+dit_lens.noise dit_lens.calls
 dit_lens.schedule
 dit_lens.selection
 dit_lens.activations dit_lens.reducers
@@ -33,12 +33,13 @@ dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours
 dit_lens.hooks dit_lens.tracing
 dit_lens.run
-dit_lens.donors
+dit_lens.donors dit_lens.replay
 dit_lens.edits
 dit_lens.knockout dit_lens.latent_edits
 dit_lens.editor
 dit_lens.batching dit_lens.loading dit_lens.describe
 dit_lens.lens
+dit_lens.layer_lens
 dit_lens
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots
