@@ -31,7 +31,10 @@ from dit_lens.directions import (
     project,
     random_directions,
 )
+from dit_lens.edits import AddNoise, Average, Edit, Mean, Moment, Patch, PatchUpdate, Resample, Skip, Steer, Zero
 from dit_lens.errors import InputError
+from dit_lens.knockout import KnockoutAttention
+from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
@@ -49,23 +52,36 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations",
+    "AddNoise",
     "Architecture",
+    "Average",
     "Cell",
     "DenoiserCall",
     "Direction",
+    "Edit",
     "Eraser",
     "Gate",
     "InputError",
+    "KnockoutAttention",
     "Layout",
     "Lens",
+    "Mean",
+    "Moment",
+    "Patch",
+    "PatchUpdate",
     "Record",
+    "ReplaceLatents",
     "Replay",
+    "Resample",
     "Resume",
     "Run",
     "Selector",
     "Site",
+    "Skip",
+    "Steer",
     "Store",
     "TunedLens",
+    "Zero",
     "at",
     "cosine",
     "difference_of_means",

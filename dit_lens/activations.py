@@ -16,12 +16,19 @@ from dit_lens.selection import Cell
 
 @dataclass(frozen=True)
 class Entry:
-    """One recorded tensor. `record` is the place of its record in `record=`, `reduce` the name of its reducer."""
+    """One recorded tensor.
+
+    Attributes:
+        cell: where it lives. record: the place of its record in `record=`. reduce: the name of its reducer.
+        tensor: the values, on the CPU.
+        part: which heads and tokens of the site it was reduced from, as `Selector.part` names them; empty for all.
+    """
 
     cell: Cell
     record: int
     reduce: str
     tensor: Tensor = field(repr=False, compare=False)
+    part: str = ""
 
 
 class Activations:

@@ -29,12 +29,16 @@ IMAGES = ("image", "last_image")
 
 @dataclass(frozen=True)
 class Call:
-    """One pipeline call: its arguments without `output_type`, and what its rows are."""
+    """One pipeline call: its arguments without `output_type`, and what its rows are.
+
+    `groups` numbers the prompt of each row: rows with the same number differ in their seed only.
+    """
 
     arguments: dict[str, Any]
     seeds: tuple[int, ...]
     prompts: tuple[str, ...]
     different_images: bool
+    groups: tuple[int, ...]
 
     def context(self, pipe: Any) -> AbstractContextManager[None]:
         """A context in which the pipeline can run these rows (see `encode_each_row_once`)."""
@@ -77,7 +81,8 @@ def prepare(pipe: Any, seed: int | Sequence[int], inputs: dict[str, Any], reserv
     arguments["generator"] = [torch.Generator("cpu").manual_seed(row) for row in rows]
     prompt = arguments.get("prompt")
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [""] * len(rows))
-    return Call(arguments, rows, tuple(texts), different_images)
+    groups = tuple(index for index in range(prompts) for _ in seeds)
+    return Call(arguments, rows, tuple(texts), different_images, groups)
 
 
 ENCODED_PIXELS = 2**26

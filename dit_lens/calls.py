@@ -18,6 +18,8 @@ from dit_lens.errors import InputError
 
 LATENTS = "hidden_states"
 """The parameter of a denoiser's `forward` that takes the latents, in all of diffusers."""
+TEXT = "encoder_hidden_states"
+"""The one that takes the text, in nearly all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class DenoiserCall:
         weights: (a, b) of x0-hat = a * latents + b * output, or None where there is no x0-hat.
         levels: the timesteps and the sigmas of all steps of the run that made the call.
         versions: how often each tensor among the arguments had been written to when the call was made.
+        seeds, prompts: the seed of each row, and the number of its prompt (see `Moment`).
     """
 
     expert: str
@@ -43,6 +46,8 @@ class DenoiserCall:
     weights: tuple[float, float] | None = field(repr=False)
     levels: tuple[tuple[float, ...], tuple[float, ...]] = field(repr=False)
     versions: tuple[int, ...] = field(repr=False)
+    seeds: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
 
     @property
     def timestep(self) -> float:
@@ -83,6 +88,13 @@ def taken_latents(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     if LATENTS in kwargs:
         return kwargs[LATENTS]
     return inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments[LATENTS]
+
+
+def text_length(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """How many text tokens a call hands to the denoiser, padding included; None where it hands none."""
+    bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
+    text = bound.get(TEXT)
+    return text.shape[1] if isinstance(text, Tensor) else None
 
 
 def detached(value: Any) -> Any:

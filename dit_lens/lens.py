@@ -14,6 +14,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, lookup
 from dit_lens.calls import DenoiserCall, sample_of
 from dit_lens.describe import Description, describe
+from dit_lens.editor import Editor, as_edits
+from dit_lens.edits import Edit
 from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
+from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.record import Record, Recorder, as_records
 from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
 from dit_lens.run import Run
@@ -140,7 +144,7 @@ class Lens:
         self,
         seed: int | Sequence[int] = 0,
         record: Selector | Record | Iterable[Selector | Record] = (),
-        edits: Sequence[Any] = (),
+        edits: Edit | ReplaceLatents | Iterable[Edit | ReplaceLatents] = (),
         decode: bool = True,
         progress: bool = False,
         limit_bytes: int = LIMIT_BYTES,
@@ -154,7 +158,8 @@ class Lens:
         Args:
             seed: one seed, or a list: every prompt is then run with each of them, prompt-major.
             record: selectors, or records with reducers and sinks; see `dit_lens.at` and `dit_lens.Record`.
-            edits: none are on offer yet.
+            edits: changes to make on the way, in the order in which they act; see `dit_lens.edits`. What is recorded is
+                what they left.
             decode: whether to decode the video.
             progress: whether to show the pipeline's progress bar.
             limit_bytes: refuse a run that would keep more than this of activations.
@@ -169,41 +174,50 @@ class Lens:
             The run, on the CPU.
 
         Raises:
-            InputError: arguments that the pipeline lacks, a selection that is out of range or matches nothing, or one
-                that would keep too much; before anything runs where that can be known.
+            InputError: arguments that the pipeline lacks, a selection that is out of range or matches nothing, one that
+                would keep too much, or edits that cannot be made; before anything runs where that can be known.
         """
-        if edits:
-            raise InputError("edits are not on offer yet; leave edits= out")
         reserved = ("generator", "num_videos_per_prompt", "output_type", "return_dict")
         call = batching.prepare(self.pipe, seed, inputs, reserved)
-        records = as_records(record)
+        records, changes = as_records(record), as_edits(edits)
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
         with self._alone(progress):
             foreseen = self._forecast(inputs)
-            if records or answers or keep_calls:
+            if records or changes or answers or keep_calls:
                 self._check_uncached()
             self._check_until(until, decode, foreseen)
-            recorder = self._recorder(records, foreseen, limit_bytes) if records else None
+            extent = self._extent(foreseen)
+            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records else None
+            editor = self._editor(changes, extent, call.seeds, call.groups, recorder)
             stored = Answers(answers or {}, foreseen, self.pipe, self.architecture)
-            stored.check_reach(recorder.cells if recorder else ())
-            begin = recorder.begin if recorder else None
-            clock = StepClock(self.pipe, self.architecture, begin, keep_calls=keep_calls, until=until)
+            stored.check_reach([*editor.cells, *(recorder.cells if recorder else ())])
+
+            def begin(clock: StepClock) -> None:
+                for part in (editor, recorder):
+                    if part is not None:
+                        part.begin(clock)
+
+            clock = StepClock(self.pipe, self.architecture, begin, editor.rewrite, keep_calls, until)
 
             def run() -> Any:
                 with stored.serving(clock):
                     return clock.stopping(lambda: self.pipe(**arguments))
 
+            # Edits first: what is recorded is what they left.
+            taps = [*editor.taps, *(recorder.taps if recorder else ())]
             with clock, call.context(self.pipe):
-                output = self._tapped(run, recorder.taps if recorder else (), stored.bypasses(clock))
+                output = self._tapped(run, taps, [*stored.bypasses(clock), *editor.bypasses], editor.attentions)
             stored.check_asked(clock.step)
+        fired = editor.finish()
         activations = recorder.finish() if recorder else Activations()
         video = to_host(output.frames.movedim(2, -1)) if decode else None
-        return self._run(call, clock, video, activations)
+        return self._run(call, clock, video, activations, fired)
 
     def replay(
         self,
         call: DenoiserCall,
         record: Selector | Record | Iterable[Selector | Record] = (),
+        edits: Edit | ReplaceLatents | Iterable[Edit | ReplaceLatents] = (),
         taps: Sequence[Tap] = (),
         bypasses: Sequence[Bypass] = (),
         attentions: Sequence[Attention] = (),
@@ -215,7 +229,7 @@ class Lens:
 
         Args:
             call: one of `Run.calls`, of a run of this lens.
-            record: as for `run`; what belongs to other calls is not looked for.
+            record, edits: as for `run`; what belongs to other calls is not looked for. Edits of latents are for `run`.
             taps, bypasses, attentions: what an engine does on the way. The visitors of taps get the tensors themselves,
                 with gradients those of the graph.
             resume: where to start, and from which stored streams, instead of at the first block.
@@ -232,23 +246,30 @@ class Lens:
         self._check_uncached()
         call.check_unchanged()
         denoiser, foreseen = self.architecture.denoisers(self.pipe)[call.expert], forecast_of(call)
-        records = as_records(record)
+        records, changes = as_records(record), as_edits(edits)
+        elsewhere = [str(edit) for edit in changes if isinstance(edit, ReplaceLatents)]
+        if elsewhere:
+            raise InputError(f"{listed(elsewhere)} is between calls, and a call that is made again has its latents; use run()")
         if gradients:
             call, resume = with_leaves(call, resume)
         with self._alone(progress=False), differentiable(denoiser) if gradients else torch.no_grad():
             start = {} if resume is None else {(call.step, call.branch): resume}
             stored = Answers(start, foreseen, self.pipe, self.architecture)
             clock = clock_of(call, self.pipe, self.architecture)
-            recorder = self._recorder(records, foreseen, limit_bytes) if records else None
+            extent = self._extent(foreseen)
+            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records else None
+            editor = self._editor(changes, extent, call.seeds, call.prompts, recorder)
+            stored.check_reach([*editor.cells, *(recorder.cells if recorder else ())])
+            editor.begin(clock)
             if recorder is not None:
-                stored.check_reach(recorder.cells)
                 recorder.begin(clock)
             output = self._tapped(
                 lambda: denoiser(*call.args, **call.kwargs),
-                [*taps, *(recorder.taps if recorder else ())],
-                [*stored.bypasses(clock), *bypasses],
-                attentions,
+                [*taps, *editor.taps, *(recorder.taps if recorder else ())],
+                [*stored.bypasses(clock), *bypasses, *editor.bypasses],
+                [*attentions, *editor.attentions],
             )
+        editor.finish()
         activations = recorder.finish() if recorder else Activations()
         return Replay(call, sample_of(output), activations)
 
@@ -312,9 +333,10 @@ class Lens:
         if until is not None and decode:
             raise InputError(f"a run until step {until} ends before there is a video; write decode=False")
 
-    def _recorder(self, records: tuple[Record, ...], foreseen: Forecast, limit_bytes: int) -> Recorder:
+    def _extent(self, foreseen: Forecast) -> Extent:
+        """What there is to select from."""
         denoisers = self.architecture.denoisers(self.pipe)
-        extent = Extent(
+        return Extent(
             blocks={name: len(self.architecture.block_list(module)) for name, module in denoisers.items()},
             forecast=foreseen,
             branches=self.architecture.branches,
@@ -322,9 +344,27 @@ class Lens:
             sites=self.architecture.sites,
             heads=self.architecture.heads(next(iter(denoisers.values()))),
         )
-        return Recorder(records, extent, self.architecture, limit_bytes)
 
-    def _run(self, call: batching.Call, clock: StepClock, video: Tensor | None, activations: Activations) -> Run:
+    def _editor(
+        self,
+        edits: tuple[Edit | ReplaceLatents, ...],
+        extent: Extent,
+        seeds: tuple[int, ...],
+        prompts: tuple[int, ...],
+        recorder: Recorder | None,
+    ) -> Editor:
+        width = self.architecture.width(next(iter(self.architecture.denoisers(self.pipe).values())))
+        recorded = recorder.selections if recorder else ()
+        return Editor(edits, extent, self.architecture, self.pipe.scheduler, width, seeds, prompts, recorded)
+
+    def _run(
+        self,
+        call: batching.Call,
+        clock: StepClock,
+        video: Tensor | None,
+        activations: Activations,
+        fired: Mapping[int, int],
+    ) -> Run:
         assert clock.layout is not None
         steps = range(clock.step)
         branches = tuple(clock.branches)
@@ -342,7 +382,9 @@ class Lens:
             weights=tuple(clock.weights),
             video=video,
             activations=activations,
-            calls=clock.calls,
+            fired=fired,
+            text_tokens=clock.text_tokens,
+            calls={place: replace(kept, seeds=call.seeds, prompts=call.groups) for place, kept in clock.calls.items()},
         )
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:
@@ -355,7 +397,7 @@ class Lens:
         """One run of a pipeline at a time: the clock, the taps and nnsight all sit in the pipeline's own modules."""
         turn = _turns.setdefault(self.pipe, _Turn())
         if turn.holder == threading.get_ident():
-            raise RuntimeError("a lens cannot run inside a reducer or sink of a run on the same pipeline")
+            raise RuntimeError("a lens cannot run inside a reducer, sink or edit of a run on the same pipeline")
         bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": not progress}
         with turn.lock, replaced_attribute(self.pipe, "_progress_bar_config", bar):
             turn.holder = threading.get_ident()

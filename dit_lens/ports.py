@@ -88,7 +88,7 @@ class Port:
                 raise InputError(f"{where} is read-only; replace {site.replaceable} instead")
             if given.shape != seen.shape:
                 raise InputError(f"{where} has shape {tuple(seen.shape)}, and what is to replace it {tuple(given.shape)}")
-            value = self._written(value, tap, site, given)
+            value = self._written(value, tap, site, seen, given)
             replaced = True
         return value if replaced else None
 
@@ -192,10 +192,12 @@ class Port:
             return torch.cat(value[:2], dim=-1)
         return tensor.unflatten(-1, (self._heads, -1)) if site.per_head and tensor.ndim == 3 else tensor
 
-    def _written(self, value: Any, tap: Tap, site: Site, given: Tensor) -> Any:
+    def _written(self, value: Any, tap: Tap, site: Site, seen: Tensor, given: Tensor) -> Any:
         old = self._passing(value, tap, site)
         if site.measures == "change":
-            given = self._before(tap.stream) + given.to(old.device)
+            # A difference does not add up to the same bits again, so what did not change stays as it was.
+            given = given.to(seen)
+            given = (self._before(tap.stream) + given).to(old).where(given != seen, old)
         new = given.reshape(old.shape).to(old)
         if not site.module:
             return self._architecture.replaced(value, {tap.stream: new})

@@ -73,6 +73,7 @@ class Recorder:
         self._wanted = [{cell: cell for cell in record.selector.cells(extent)} for record in records]
         self._taken = [0] * len(records)
         self._bytes = [0] * len(records)
+        self._parts: dict[tuple[int, tuple[int, ...]], str] = {}
         self._entries: list[Entry] = []
         self._clock: Clock | None = None
 
@@ -80,6 +81,11 @@ class Recorder:
     def cells(self) -> list[Cell]:
         """Every cell that some record is to take."""
         return [cell for wanted in self._wanted for cell in wanted]
+
+    @property
+    def selections(self) -> list[tuple[Selector, list[Cell]]]:
+        """Each record's selector, and the cells that it selects."""
+        return [(record.selector, list(wanted)) for record, wanted in zip(self._records, self._wanted, strict=True)]
 
     @property
     def taps(self) -> list[Tap]:
@@ -144,13 +150,9 @@ class Recorder:
         clock, record = self._clock, self._records[index]
         assert clock is not None
         assert clock.layout is not None
-        if cell.timestep != clock.timestep:
-            raise RuntimeError(
-                f"step {cell.step} was foreseen at timestep {cell.timestep} and ran at {clock.timestep}: the pipeline"
-                " does not follow its scheduler's own timesteps, so activations cannot be labelled"
-            )
-        visual = record.selector.take_tokens(tokens.detach().unflatten(1, clock.layout.shape))
-        kept = to_host(record.reduce(visual, cell))
+        check_label(cell, clock.timestep)
+        visual = tokens.detach().unflatten(1, clock.layout.shape)
+        kept = to_host(record.reduce(record.selector.take_tokens(visual), cell))
         self._taken[index] += 1
         if record.sink is not None:
             record.sink(cell, kept)
@@ -159,7 +161,10 @@ class Recorder:
             # A reducer of the user's own runs on real activations only, so its first result tells the size of the rest.
             self._bytes[index] = kept.nbytes * len(self._wanted[index])
             self._check_limit(index)
-        self._entries.append(Entry(cell, index, reducer_name(record.reduce), kept))
+        whole = tuple(visual.shape[1:-1])
+        if (index, whole) not in self._parts:
+            self._parts[index, whole] = record.selector.part(whole)
+        self._entries.append(Entry(cell, index, reducer_name(record.reduce), kept, self._parts[index, whole]))
 
     def _check_limit(self, index: int) -> None:
         """Refuse when all records together would keep too much."""
@@ -169,6 +174,15 @@ class Recorder:
                 f" {_size([self._limit])}: select less, reduce (dl.norm, dl.frame_mean), stream with"
                 " dl.Record(..., sink=...), or raise limit_bytes="
             )
+
+
+def check_label(cell: Cell, timestep: float) -> None:
+    """Refuse a call of the denoiser at another timestep than the forecast labelled its cells with."""
+    if cell.timestep != timestep:
+        raise RuntimeError(
+            f"step {cell.step} was foreseen at timestep {cell.timestep} and ran at {timestep}: the pipeline"
+            " does not follow its scheduler's own timesteps, so activations cannot be labelled"
+        )
 
 
 def _size(nbytes: Iterable[int]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout
-from dit_lens.calls import DenoiserCall, returned, taken_latents
+from dit_lens.calls import DenoiserCall, returned, taken_latents, text_length
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import weighted
 from dit_lens.schedule import Clock, Forecast
@@ -92,6 +92,7 @@ class ReplayClock:
     layout: Layout
     batch: int
     dtype: torch.dtype
+    text_tokens: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +132,9 @@ def forecast_of(call: DenoiserCall) -> Forecast:
 def clock_of(call: DenoiserCall, pipe: Any, architecture: Architecture) -> ReplayClock:
     """The clock that tells visitors which call it is."""
     moment = (call.expert, call.step, call.branch, call.timestep, call.sigma)
-    layout = architecture.layout(architecture.denoisers(pipe)[call.expert], call.taken.shape)
-    return ReplayClock(pipe, *moment, layout, call.taken.shape[0], call.taken.dtype)
+    denoiser = architecture.denoisers(pipe)[call.expert]
+    layout, text = architecture.layout(denoiser, call.taken.shape), text_length(denoiser, call.args, call.kwargs)
+    return ReplayClock(pipe, *moment, layout, call.taken.shape[0], call.taken.dtype, text)
 
 
 @contextmanager

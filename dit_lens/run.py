@@ -46,6 +46,8 @@ class Run:
         weights: (a, b) of x0-hat = a * latents + b * output for each step, or None where there is no x0-hat.
         video: values in [0, 1] (its frames and pixels are not those of the latents), or None when it was not decoded.
         activations: what was recorded.
+        fired: how often each edit was applied, by its place in `edits=`.
+        text_tokens: number of text tokens that the denoiser read, padding included; None where it reads no text.
         calls: every call of a denoiser by (step, branch), when they were asked for; on the model's device, and not saved.
     """
 
@@ -62,6 +64,8 @@ class Run:
     weights: tuple[tuple[float, float] | None, ...] = field(repr=False)
     video: Float[Tensor, "batch video_frames video_height video_width 3"] | None = None
     activations: Activations = field(default_factory=Activations)
+    fired: Mapping[int, int] = field(default_factory=dict)
+    text_tokens: int | None = None
     calls: Mapping[tuple[int, str], DenoiserCall] = field(default_factory=dict, repr=False)
 
     @property
@@ -144,8 +148,10 @@ class Run:
         labels = {name: getattr(self, name) for name in _LABELS} | {
             "format": FORMAT,
             "layout": asdict(self.layout),
+            "fired": list(self.fired.items()),  # the keys of a JSON object would be strings
             "activations": [
-                {"cell": asdict(entry.cell), "record": entry.record, "reduce": entry.reduce} for entry in self.activations
+                {"cell": asdict(entry.cell), "record": entry.record, "reduce": entry.reduce, "part": entry.part}
+                for entry in self.activations
             ],
         }
         partial = [target / "run.safetensors.partial", target / "run.json.partial"]
@@ -180,7 +186,7 @@ class Run:
         if labels.get("format") != FORMAT:
             raise InputError(f"the run in {source} has format {labels.get('format')}, and this version reads {FORMAT}")
         entries = [
-            Entry(Cell(**label["cell"]), label["record"], label["reduce"], tensors[f"activations.{index}"])
+            Entry(Cell(**label["cell"]), label["record"], label["reduce"], tensors[f"activations.{index}"], label["part"])
             for index, label in enumerate(labels["activations"])
         ]
         outputs = {name: tensors[f"outputs.{name}"] for name in ("guided", *labels["branches"])}
@@ -189,6 +195,7 @@ class Run:
             **{name: _tuple(labels[name]) for name in _LABELS if name != "weights"},
             weights=weights,
             layout=Layout(**labels["layout"]),
+            fired=dict(labels["fired"]),
             sigmas=tensors["sigmas"],
             latents=tensors["latents"],
             outputs=outputs,
@@ -202,7 +209,7 @@ class Run:
         return step % self.steps
 
 
-_LABELS = ("seeds", "prompts", "scheduler", "timesteps", "experts", "branches", "weights")
+_LABELS = ("seeds", "prompts", "scheduler", "timesteps", "experts", "branches", "weights", "text_tokens")
 
 
 def _tuple(value: Any) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture, Layout
-from dit_lens.calls import DenoiserCall, detached, sample_of, taken_latents, versions
+from dit_lens.calls import DenoiserCall, detached, sample_of, taken_latents, text_length, versions
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import forget_history, noise_state, x0_weights
 from dit_lens.taps import Result, replaced_attribute, to_host
@@ -79,6 +79,8 @@ class Clock(Protocol):
     def batch(self) -> int: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def text_tokens(self) -> int | None: ...
 
 
 class _Stop(Exception):
@@ -91,10 +93,10 @@ class StepClock:
     Use it as a context manager around one pipeline call; everything that it attaches is gone afterwards.
 
     While the denoiser runs: `step`, `expert`, `branch`, `timestep`, `sigma`, and from the first call on `layout`,
-    `batch` and `dtype` (of what the denoiser takes). After the run, one entry per step: `timesteps`, `sigmas`,
-    `experts`, `weights` (of x0-hat), `samples` (what the scheduler received, then its last result) and
-    `outputs[step, branch]`, with the branch `guided` for what the scheduler received; tensors of shape (batch,
-    channels, frames, height, width) on the CPU.
+    `batch` and `dtype` (of what the denoiser takes), and `text_tokens` (how many it takes; None where it takes none).
+    After the run, one entry per step: `timesteps`, `sigmas`, `experts`, `weights` (of x0-hat), `samples` (what the
+    scheduler received, then its last result) and `outputs[step, branch]`, with the branch `guided` for what the scheduler
+    received; tensors of shape (batch, channels, frames, height, width) on the CPU.
 
     Args:
         pipe, architecture: the pipeline, and what is known about its family.
@@ -135,6 +137,7 @@ class StepClock:
         self.layout: Layout | None = None
         self.batch = 0
         self.dtype = torch.float32
+        self.text_tokens: int | None = None
         self.branches: list[str] = []
         self.timesteps: list[float] = []
         self.sigmas: list[float] = []
@@ -195,6 +198,7 @@ class StepClock:
             self.layout = self._architecture.layout(denoiser, latents.shape)
             self.batch = latents.shape[0]
             self.dtype = latents.dtype
+            self.text_tokens = text_length(denoiser, args, kwargs)
             if self._begin is not None:
                 self._begin(self)
         if self._keep_calls:

@@ -15,6 +15,7 @@ and never an empty result.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -174,6 +175,44 @@ class Selector:
         mask = mask[kept] if self.tokens.ndim == 3 else mask
         places = mask.flatten().nonzero()[:, 0]
         return visual.flatten(1, 3).index_select(1, places.to(visual.device))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it takes all heads and tokens of a tensor, in the shape of the layout."""
+        return self.head is None and self.frames is None and self.tokens is None
+
+    def places(self, shape: Sequence[int]) -> Tensor:
+        """Which heads and tokens `take_tokens` takes of one row, in its order and shape.
+
+        Args:
+            shape: (frames, height, width) or (frames, height, width, heads).
+
+        Returns:
+            Indices into that shape, flattened.
+        """
+        return self.take_tokens(torch.arange(math.prod(shape)).view(1, *shape, 1))[0, ..., 0]
+
+    def part(self, shape: Sequence[int]) -> str:
+        """A name for what `take_tokens` takes: equal for selectors that take the same, empty where they take all.
+
+        Args:
+            shape: as for `places`.
+        """
+        places = self.places(shape)
+        if places.shape == tuple(shape):
+            return ""
+        return hashlib.sha256(str(tuple(places.shape)).encode() + places.numpy().tobytes()).hexdigest()[:16]
+
+    def put_tokens(self, visual: Tensor, given: Tensor, places: Tensor) -> Tensor:
+        """`visual` with `given` in place of what `take_tokens` takes; all other values keep their bits.
+
+        Args:
+            visual: as for `take_tokens`. given: of the shape that it gives. places: what `places` gives.
+        """
+        if self.whole:
+            return given
+        index = places.flatten().to(visual.device)
+        return visual.flatten(1, -2).index_copy(1, index, given.flatten(1, -2)).view(visual.shape)
 
     def _names(self, axis: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
         """The names that an axis value selects."""

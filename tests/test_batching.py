@@ -136,7 +136,6 @@ def test_lists_of_negative_prompts_and_embeddings(text_pipe: Any) -> None:
         ({"output_type": "np"}, "use decode="),
         ({"return_dict": False}, "return_dict= is not for you to give"),
         ({"seed": []}, r"seed=\[\] is no int and no list of ints"),
-        ({"edits": ["Zero"]}, "edits are not on offer yet"),
     ],
 )
 def test_what_does_not_fit_is_said(image_pipe: Any, changes: dict[str, Any], message: str) -> None:

@@ -32,9 +32,12 @@ dit_lens.activations dit_lens.reducers
 dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours
 dit_lens.hooks dit_lens.tracing
-dit_lens.run dit_lens.replay
-dit_lens.shards dit_lens.directions
+dit_lens.run
+dit_lens.shards dit_lens.directions dit_lens.donors dit_lens.replay
 dit_lens.store
+dit_lens.edits
+dit_lens.knockout dit_lens.latent_edits
+dit_lens.editor
 dit_lens.batching dit_lens.loading dit_lens.describe
 dit_lens.lens
 dit_lens.layer_lens

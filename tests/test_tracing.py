@@ -222,7 +222,7 @@ def test_a_run_inside_a_run_is_refused(image_pipe: Any, engine: str) -> None:
         lens.run(**arguments(image_pipe))
         return activation
 
-    with pytest.raises(RuntimeError, match="cannot run inside a reducer or sink"):
+    with pytest.raises(RuntimeError, match="cannot run inside a reducer, sink or edit"):
         lens.run(**arguments(image_pipe), record=dl.Record(dl.at(), nested))
     untouched(image_pipe)
 

@@ -1,0 +1,317 @@
+"""The editor: brings the edits of one run to where they act.
+
+It resolves selections before the run, turns edits into taps, bypasses and attentions for an engine, asks the step clock
+where the run is, and counts. What cannot work is refused before any block has run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_lens.architectures import Architecture
+from dit_lens.attention import masked_attention
+from dit_lens.donors import coordinates
+from dit_lens.edits import Edit, Moment, Skip
+from dit_lens.errors import InputError, listed
+from dit_lens.knockout import KnockoutAttention
+from dit_lens.latent_edits import Passage, ReplaceLatents
+from dit_lens.noise import noise_state, weighted
+from dit_lens.record import check_label
+from dit_lens.schedule import Clock, StepClock
+from dit_lens.selection import Cell, Extent, Selector
+from dit_lens.taps import Attention, Bypass, Tap
+
+Claims = dict[tuple[Any, ...], list[tuple[int, Tensor]]]
+"""By place: which edits replace something there, and which tokens and heads."""
+
+
+def as_edits(edits: object) -> tuple[Edit | ReplaceLatents, ...]:
+    """The `edits=` argument of a run as a tuple; an InputError for anything that is no edit."""
+    found = []
+    for item in edits if isinstance(edits, Iterable) else [edits]:
+        if not isinstance(item, Edit | ReplaceLatents) or (isinstance(item, Edit) and not isinstance(item.at, Selector)):
+            raise InputError(f"edits= takes edits such as dl.Zero(dl.at(...)), or a list of them, and not {item!r}")
+        found.append(item)
+    return tuple(found)
+
+
+class Editor:
+    """Applies edits to one run.
+
+    Args:
+        edits: in the order in which they act. extent: what there is, for resolving selections before the run.
+        architecture: the pipeline's family. scheduler: the pipeline's own, to ask for noise levels.
+        width: number of channels of a visual token. seeds, prompts: of each row, see `Moment`.
+        recorded: what is to be recorded, to refuse it where it is skipped.
+
+    Attributes:
+        fired: how often each edit was applied so far, by its place among the edits.
+
+    Raises:
+        InputError: a selection is out of range or empty, at a read-only site or in a skipped block; or an edit refuses
+            its cells.
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[Edit | ReplaceLatents],
+        extent: Extent,
+        architecture: Architecture,
+        scheduler: Any,
+        width: int,
+        seeds: tuple[int, ...],
+        prompts: tuple[int, ...],
+        recorded: Iterable[tuple[Selector, Sequence[Cell]]] = (),
+    ) -> None:
+        self._edits = tuple(edits)
+        self._extent = extent
+        self._architecture = architecture
+        self._scheduler = scheduler
+        self._width = width
+        self._seeds, self._prompts = seeds, prompts
+        self._clock: Clock | None = None
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._places: dict[tuple[int, tuple[int, ...]], tuple[Tensor, str]] = {}
+        self._cells: dict[int, dict[Cell, Cell]] = {}
+        self._steps: dict[int, list[int]] = {}
+        self.fired: dict[int, int] = dict.fromkeys(range(len(self._edits)), 0)
+        for index, edit in enumerate(self._edits):
+            if isinstance(edit, ReplaceLatents):
+                self._steps[index] = edit.steps(extent)
+            else:
+                self._cells[index] = {cell: cell for cell in edit.at.cells(extent)}
+                self._check_sites(edit, self._cells[index])
+        for index, edit in enumerate(self._edits):
+            if isinstance(edit, ReplaceLatents):
+                edit.check_run(self._steps[index], extent.forecast, type(scheduler).__name__)
+            else:
+                edit.check_run(list(self._cells[index]), extent.forecast, type(scheduler).__name__)
+        self._check_skipped(recorded)
+
+    def _check_sites(self, edit: Edit, cells: Iterable[Cell]) -> None:
+        """Refuse what is computed from tensors of the model, and is none of them."""
+        for cell in cells:
+            if self._architecture.site(cell.site, cell.stream).read_only:
+                kept = [site.name for site in self._architecture.sites if not site.read_only]
+                raise InputError(f"{edit}: the site {cell.site!r} is read-only; edit one of {listed(kept)}")
+
+    def _check_skipped(self, recorded: Iterable[tuple[Selector, Sequence[Cell]]]) -> None:
+        """Refuse what is inside a block that does not run."""
+        skips = {
+            (cell.expert, cell.step, cell.branch, cell.block): self._edits[index]
+            for index, cells in self._cells.items()
+            if isinstance(self._edits[index], Skip)
+            for cell in cells
+        }
+        inside: list[tuple[str, Iterable[Cell]]] = [(f"record {selector}", cells) for selector, cells in recorded]
+        inside += [(str(self._edits[index]), cells) for index, cells in self._cells.items()]
+        for owner, cells in inside:
+            for cell in cells:
+                skip = skips.get((cell.expert, cell.step, cell.branch, cell.block))
+                if skip is not None and self._architecture.site(cell.site, cell.stream).module:
+                    raise InputError(
+                        f"{owner} is inside a block that {skip} leaves out, at {coordinates(cell)}: nothing is computed there;"
+                        " choose other blocks, steps or branches, or the sites resid and update"
+                    )
+
+    def _of(self, *kinds: type) -> list[tuple[int, Any]]:
+        return [(index, edit) for index, edit in enumerate(self._edits) if isinstance(edit, kinds)]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell that some edit is to change."""
+        return [cell for cells in self._cells.values() for cell in cells]
+
+    @property
+    def taps(self) -> list[Tap]:
+        """One tap for each edit and each site of each block that it may change, in the order of the edits."""
+        others = [(index, edit) for index, edit in self._of(Edit) if not isinstance(edit, Skip | KnockoutAttention)]
+        return [
+            Tap(*place[:3], self._visitor(index, edit, place), place[3])
+            for index, edit in others
+            for place in dict.fromkeys((c.expert, c.block, c.site, c.stream) for c in self._cells[index])
+        ]
+
+    @property
+    def bypasses(self) -> list[Bypass]:
+        """One bypass for each block that is skipped at some time."""
+        indices = [index for index, _ in self._of(Skip)]
+        places = dict.fromkeys((cell.expert, cell.block) for index in indices for cell in self._cells[index])
+        return [Bypass(*place, self._skipping(indices, place)) for place in places]
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """One attention for each module in which it is cut at some time."""
+        cuts = self._of(KnockoutAttention)
+        places = dict.fromkeys((cell.expert, cell.block, cell.site) for index, _ in cuts for cell in self._cells[index])
+        return [Attention(*place, self._attending(cuts, place)) for place in places]
+
+    @property
+    def rewrite(self) -> Callable[[int, Tensor], Tensor | None] | None:
+        """What the clock is to ask about latents; None where no edit is about them."""
+        return self._rewrite if self._steps else None
+
+    def begin(self, clock: Clock) -> None:
+        """At the first denoiser call, before any block runs: check what depends on the layout and the batch."""
+        assert clock.layout is not None
+        self._clock = clock
+        if self._edits and clock.batch != len(self._seeds):
+            raise RuntimeError(
+                f"the denoiser has {clock.batch} rows for {len(self._seeds)} samples: edits cannot tell rows apart"
+            )
+        replaced: Claims = {}
+        for index, edit in self._of(Edit):
+            edit.at.check_tokens(clock.layout)
+            for cell in self._cells[index]:
+                moment = self._moment(index, edit, cell)
+                edit.check_shape(moment)
+                if edit.replaces:
+                    self._check_alone(replaced, index, cell, moment)
+
+    def _check_alone(self, replaced: Claims, index: int, cell: Cell, moment: Moment) -> None:
+        """Refuse a replacement of tokens and heads that an earlier edit replaces."""
+        # Either of `resid` and `update` follows from the other, so they are one place.
+        site = "resid" if cell.site == "update" else cell.site
+        place = (cell.expert, cell.step, cell.branch, cell.block, site, cell.stream)
+        taken = torch.zeros(math.prod(moment.shape[:-1]), dtype=torch.bool)
+        taken[self._places[index, moment.shape][0].flatten()] = True
+        for earlier, others in replaced.get(place, []):
+            if earlier != index and bool((taken & others).any()):
+                self._exclude(earlier, index, f"the same tokens at {coordinates(cell)}")
+        replaced.setdefault(place, []).append((index, taken))
+
+    def _exclude(self, earlier: int, later: int, what: str) -> None:
+        raise InputError(
+            f"edits[{later}], {self._edits[later]}, would undo edits[{earlier}], {self._edits[earlier]}: both replace {what};"
+            " leave one out, or let them select different ones"
+        )
+
+    def finish(self) -> Mapping[int, int]:
+        """After the run: how often each edit was applied, or an InputError for one that never was."""
+        for index, edit in enumerate(self._edits):
+            foreseen = len(self._steps[index] if isinstance(edit, ReplaceLatents) else self._cells[index])
+            if not self.fired[index]:
+                raise InputError(
+                    f"edits[{index}], {edit}, never fired: the run ended before it came to any of its {foreseen} places;"
+                    " choose earlier steps, or let the run go on"
+                )
+            complete = self._clock is not None and self._clock.step >= len(self._extent.forecast.timesteps)
+            if complete and self.fired[index] != foreseen:
+                raise RuntimeError(
+                    f"edits[{index}], {edit}, was to be applied {foreseen} times and was {self.fired[index]} times: blocks were"
+                    " skipped, or the pipeline does not switch experts where its configuration says"
+                )
+        return dict(self.fired)
+
+    def _moment(self, index: int, edit: Edit, cell: Cell) -> Moment:
+        """When and where an edit is applied; what its selection takes is worked out once for each shape."""
+        clock, heads = self._clock, self._extent.heads
+        assert clock is not None
+        assert clock.layout is not None
+        per_head = self._architecture.site(cell.site, cell.stream).per_head
+        shape = (*clock.layout.shape, *((heads, self._width // heads) if per_head else (self._width,)))
+        if (index, shape) not in self._places:
+            self._places[index, shape] = (edit.at.places(shape[:-1]), edit.at.part(shape[:-1]))
+        part = self._places[index, shape][1]
+        return Moment(cell, self._seeds, self._prompts, clock.layout, shape, part, clock.text_tokens)
+
+    def _here(self, index: int, place: tuple[Any, ...]) -> Cell | None:
+        """The cell of an edit that is being computed, if it selects it; place is (expert, block, site, stream)."""
+        clock = self._clock
+        assert clock is not None
+        cell = self._cells[index].get(Cell(place[0], clock.step, clock.branch, *place[1:]))
+        if cell is not None:
+            check_label(cell, clock.timestep)
+        return cell
+
+    def _visitor(self, index: int, edit: Edit, place: tuple[Any, ...]) -> Callable[[Tensor], Tensor | None]:
+        def visit(tensor: Tensor) -> Tensor | None:
+            cell = self._here(index, place)
+            return None if cell is None else self._edited(index, edit, cell, tensor)
+
+        return visit
+
+    def _edited(self, index: int, edit: Edit, cell: Cell, tensor: Tensor) -> Tensor:
+        """A tensor of (batch, tokens, channels) or (batch, tokens, heads, channels) with the edit written into it."""
+        moment = self._moment(index, edit, cell)
+        whole = tensor.unflatten(1, moment.layout.shape)
+        # A part is a copy already; all of it is copied too, as an edit may change in place what the model still holds.
+        selected = whole.clone() if edit.at.whole else edit.at.take_tokens(whole)
+        shape, dtype, device = selected.shape, selected.dtype, selected.device
+        given: Any = edit.apply(selected, moment)
+        if not isinstance(given, Tensor) or given.shape != shape:
+            came = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{type(given).__name__}"
+            raise InputError(f"{edit}: apply gave {came} at {coordinates(cell)}; return a tensor of shape {tuple(shape)}")
+        self.fired[index] += 1
+        places = self._places[index, moment.shape][0]
+        return edit.at.put_tokens(whole, given.to(device, dtype), places).flatten(1, 3)
+
+    def _skipping(self, indices: Sequence[int], place: tuple[str, int]) -> Callable[..., Mapping[str, Tensor] | None]:
+        def instead(streams: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+            # A skip of any stream is one of the block.
+            found = [i for i in indices for s in self._architecture.streams if self._here(i, (*place, "resid", s)) is not None]
+            for index in found:
+                self.fired[index] += 1
+            return streams if found else None
+
+        return instead
+
+    def _attending(
+        self, cuts: Sequence[tuple[int, KnockoutAttention]], place: tuple[str, int, str]
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor | None]:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+            found = [(index, edit) for index, edit in cuts if self._here(index, (*place, "visual")) is not None]
+            if not found:
+                return None
+            for index, _ in found:
+                self.fired[index] += 1
+            return masked_attention(query, key, value, self._allowed(found, place[2], key))
+
+        return attend
+
+    def _allowed(self, cuts: Sequence[tuple[int, KnockoutAttention]], site: str, key: Tensor) -> Tensor:
+        """The pairs that all of the knockouts allow, on the device of the keys."""
+        clock = self._clock
+        assert clock is not None
+        assert clock.layout is not None
+        name = (site, key.shape[1], key.device, *(index for index, _ in cuts))
+        if name not in self._masks:
+            masks = [edit.allowed(clock.layout, key.shape[1], site) for _, edit in cuts]
+            self._masks[name] = torch.stack(masks).all(dim=0).to(key.device)
+        return self._masks[name]
+
+    def _rewrite(self, step: int, latents: Tensor) -> Tensor | None:
+        """The latents that a step takes, as the edits of latents leave them; None where none is about this step."""
+        now = [(index, edit) for index, edit in self._of(ReplaceLatents) if step in self._steps[index]]
+        if not now:
+            return None
+        forecast, claimed = self._extent.forecast, dict[int, int]()
+        state = noise_state(self._scheduler, forecast.timesteps[step], step)
+        if not math.isclose(state.sigma, forecast.sigmas[step], rel_tol=1e-4, abs_tol=1e-6):
+            raise RuntimeError(
+                f"step {step} was foreseen at sigma {forecast.sigmas[step]} and is at {state.sigma} when its latents are made:"
+                " the pipeline does not follow its scheduler's own timesteps, so noise cannot be matched to it"
+            )
+        for index, edit in now:
+            for frame in edit.chosen(latents.shape[2]) if edit.replaces else ():
+                if frame in claimed:
+                    self._exclude(claimed[frame], index, f"latent frame {frame} at step {step}")
+                claimed[frame] = index
+            latents = edit.apply(Passage(step, state, latents, self._seeds, self._last_bet))
+            self.fired[index] += 1
+        return latents
+
+    def _last_bet(self) -> Tensor | None:
+        """The x0-hat of the step before, or None before the first one and where there is none."""
+        clock = self._clock
+        if not isinstance(clock, StepClock) or not clock.weights:
+            return None
+        weights = clock.weights[-1]
+        if weights is None:
+            return None
+        return weighted(weights, clock.samples[-1], clock.outputs[len(clock.weights) - 1, "guided"])

@@ -1,0 +1,169 @@
+"""Edits of the latents that a step takes: noise put in, or the latents of another run.
+
+Latents are off the model's distribution where their noise is not that of the step. There are three ways to disturb them,
+so that an effect of what was lost can be told from an effect of a wrong noise level or of a larger disturbance:
+
+| how | latents of the step become | keeps |
+|---|---|---|
+| `replace` | pure noise, or the donor's latents | nothing (a donor's latents have the noise level of the step) |
+| `sigma_matched` | signal * x0-hat + noise * fresh noise, as the schedule mixes them at this step | the noise level |
+| `dose_matched` | what they were, plus noise whose L2 norm is `dose` times theirs | the size of the disturbance |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dit_lens.edits import generator
+from dit_lens.errors import InputError
+from dit_lens.noise import NoiseState
+from dit_lens.run import Run
+from dit_lens.schedule import Forecast
+from dit_lens.selection import Extent, Indices, at
+
+Latents = Float[Tensor, "batch channels frames height width"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The latents that one step is about to take.
+
+    Attributes:
+        step: the step. state: how clean sample and noise mix there. latents: what it would take.
+        seeds: the seed of each row.
+        x0_hat: what the step before bet on, or None before the first step and where there is no x0-hat.
+    """
+
+    step: int
+    state: NoiseState
+    latents: Latents
+    seeds: tuple[int, ...]
+    x0_hat: Callable[[], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceLatents:
+    """Change the latents that a step takes.
+
+    Noise is Gaussian and drawn on the CPU from `noise`, the row's seed and the step, for all frames at once: the noise of a
+    frame does not depend on which frames are named, nor on what runs beside the row.
+
+    Attributes:
+        step: index, list, slice or "all", as in `dl.at`. Step 0 takes the pipeline's initial noise.
+        donor: a run of the same schedule and shape, of one row or as many as this run.
+        noise: a seed for fresh noise.
+        how: `replace`: by the donor's latents, or by standard normal noise, whatever the noise level.
+            `sigma_matched`: by a clean video at the noise level of the step. The video is the x0-hat of the step before,
+            which is the one that the latents of this step hold: the donor's, or without a donor this run's own; zeros at
+            step 0. The noise is fresh; without `noise`, it is what this run's latents hold beside their own video.
+            `dose_matched`: add noise (with a donor, the difference to its latents) scaled to `dose` times the L2 norm of
+            the row's latents, all frames of them, so that noise in one frame and in all is the same dose.
+        frames: latent frames, as in `dl.at`; the others keep their bits. All when left out.
+        dose: for `dose_matched`.
+
+    Raises:
+        InputError: neither donor nor noise, both where one is meant, or a dose that is missing or not wanted.
+    """
+
+    step: Indices
+    donor: Run | None = None
+    noise: int | None = None
+    how: Literal["replace", "sigma_matched", "dose_matched"] = "replace"
+    frames: Indices = None
+    dose: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.donor is None and self.noise is None:
+            raise InputError(f"{self} needs what to put there: write donor=run, or noise=seed")
+        if self.donor is not None and self.noise is not None and self.how != "sigma_matched":
+            raise InputError(f"{self} has a donor and noise; write one of them, or how='sigma_matched', which can take both")
+        if (self.how == "dose_matched") != (self.dose is not None):
+            raise InputError(f"{self}: dose= belongs to how='dose_matched', in units of the latents' own norm")
+
+    def __str__(self) -> str:
+        source = {"donor": "donor" if self.donor is not None else None, "noise": self.noise, "frames": self.frames}
+        shown = [f"{name}={value}" for name, value in source.items() if value is not None]
+        return f"ReplaceLatents({', '.join([f'step={self.step!r}', *shown, f'how={self.how!r}'])})"
+
+    @property
+    def replaces(self) -> bool:
+        """Whether what was there before has no part in the result."""
+        return self.how != "dose_matched"
+
+    def steps(self, extent: Extent) -> list[int]:
+        """The selected steps, in order."""
+        return sorted({cell.step for cell in at(step=self.step).cells(extent)})
+
+    def chosen(self, frames: int) -> list[int]:
+        """The selected frames among so many."""
+        return at(frames=self.frames).places((frames, 1, 1)).flatten().tolist()
+
+    def check_run(self, steps: Sequence[int], forecast: Forecast, scheduler: str) -> None:
+        """Before the run: the donor followed this schedule up to the selected steps."""
+        donor = self.donor
+        if donor is None:
+            return
+        if donor.scheduler != scheduler or donor.timesteps != forecast.timesteps[: donor.steps]:
+            raise InputError(
+                f"{self}: the donor ran {donor.steps} steps of a {donor.scheduler}, and this run has {len(forecast.sigmas)} of a"
+                f" {scheduler}, or at other sigmas; run the donor with the same scheduler and number of steps"
+            )
+        if max(steps) >= donor.steps:
+            raise InputError(f"{self}: the donor stopped after step {donor.steps - 1}; choose earlier steps, or run all of it")
+
+    def apply(self, passage: Passage) -> Latents:
+        """The latents that the step takes instead."""
+        latents = passage.latents.to(torch.promote_types(passage.latents.dtype, torch.float32))
+        frames = torch.tensor(self.chosen(latents.shape[2]), device=latents.device)
+        new = {"replace": self._replaced, "sigma_matched": self._sigma_matched, "dose_matched": self._dosed}[self.how]
+        changed = new(passage, latents, frames).to(passage.latents)
+        return passage.latents.index_copy(2, frames, changed.index_select(2, frames))
+
+    def _replaced(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
+        return self._source(passage, latents)
+
+    def _sigma_matched(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
+        own = passage.x0_hat()
+        own = torch.zeros_like(latents) if own is None else own.to(latents)
+        clean = own
+        if self.donor is not None and passage.step > 0:
+            clean = self._of_donor(self.donor.x0_hat(passage.step - 1), latents)
+        signal, scale = passage.state.signal, passage.state.noise
+        if self.noise is None:
+            return latents + signal * (clean - own)
+        return signal * clean + scale * self._drawn(self.noise, passage, latents)
+
+    def _dosed(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
+        source = self._source(passage, latents)
+        change = torch.zeros_like(latents)
+        moved = source if self.donor is None else source - latents
+        change.index_copy_(2, frames, moved.index_select(2, frames))
+        lengths = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in (latents, change)]
+        # Where a donor has the same latents there is no direction to go.
+        factor = torch.where(lengths[1] > 0, float(self.dose or 0) * lengths[0] / lengths[1], 0.0)
+        return latents + factor.view(-1, 1, 1, 1, 1) * change
+
+    def _source(self, passage: Passage, latents: Tensor) -> Tensor:
+        """What the latents are replaced by, or moved towards."""
+        if self.donor is not None:
+            return self._of_donor(self.donor.latents[passage.step], latents)
+        assert self.noise is not None
+        return self._drawn(self.noise, passage, latents)
+
+    def _of_donor(self, given: Tensor, latents: Tensor) -> Tensor:
+        if given.shape[1:] != latents.shape[1:] or given.shape[0] not in (1, latents.shape[0]):
+            raise InputError(
+                f"{self}: the donor's latents have shape {tuple(given.shape)}, and those of this run {tuple(latents.shape)};"
+                " run the donor with the same height, width and frames, and with one row or as many"
+            )
+        return given.to(latents).expand_as(latents)
+
+    def _drawn(self, seed: int, passage: Passage, latents: Tensor) -> Tensor:
+        rows = [torch.randn(latents.shape[1:], generator=generator("latents", seed, row, passage.step)) for row in passage.seeds]
+        return torch.stack(rows).to(latents)
