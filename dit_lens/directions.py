@@ -25,8 +25,6 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dit_lens.activations import Entry
@@ -133,6 +131,10 @@ def from_probe(probe: Any, answer: Any = None, heads: int | None = None, cell: C
     Raises:
         InputError: the probe is not fitted or not linear, or `answer` is none of its classes.
     """
+    # Imported here, as it takes a second that most programs have no use for.
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
     *before, model = [step for _, step in probe.steps] if isinstance(probe, Pipeline) else [probe]
     wrong = [type(step).__name__ for step in before if not isinstance(step, StandardScaler)]
     if wrong or not hasattr(model, "coef_"):

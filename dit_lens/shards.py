@@ -26,7 +26,7 @@ SHARD_BYTES = 2**28
 """A shard is written when this many bytes have come together (256 MiB)."""
 
 AXES = tuple(field.name for field in fields(Cell))
-COLUMNS = (*AXES, "record", "reduce", "shape", "dtype", "bytes", "shard", "key")
+COLUMNS = (*AXES, "record", "reduce", "part", "shape", "dtype", "bytes", "shard", "key")
 """What the table says of a tensor: its cell, which record took it and how, what it is, and where it lies."""
 
 
@@ -52,7 +52,7 @@ class ShardWriter:
         key = str(len(self._rows))
         self._rows.append(
             {axis: getattr(entry.cell, axis) for axis in AXES}
-            | {"record": entry.record, "reduce": entry.reduce, "shape": tuple(tensor.shape)}
+            | {"record": entry.record, "reduce": entry.reduce, "part": entry.part, "shape": tuple(tensor.shape)}
             | {"dtype": str(tensor.dtype).removeprefix("torch."), "bytes": tensor.nbytes}
             | {"shard": self._shard, "key": key}
         )
@@ -103,6 +103,6 @@ def read(folder: Path, rows: Iterable[Any]) -> Iterator[Entry]:
             raise InputError(f"the shard {path} is damaged or missing: {error}; record its run again") from error
         if tuple(tensor.shape) != row.shape or str(tensor.dtype) != f"torch.{row.dtype}":
             raise InputError(f"the shard {path} does not hold what its index says of {row.key}; record its run again")
-        yield Entry(Cell(**{axis: getattr(row, axis) for axis in AXES}), row.record, row.reduce, tensor)
+        yield Entry(Cell(**{axis: getattr(row, axis) for axis in AXES}), row.record, row.reduce, tensor, row.part)
         # Not kept while the next one is read.
         del tensor

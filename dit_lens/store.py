@@ -92,7 +92,7 @@ class Store:
 
     @property
     def index(self) -> pd.DataFrame:
-        """One row per recorded tensor: run, the cell (with sigma, timestep, depth), record, reduce, shape, dtype, bytes, and
+        """One row per recorded tensor: run, the cell (with sigma, timestep, depth), record, reduce, part, shape, dtype, bytes, and
         the shard and key under which it lies."""
         return self._tables()[1].copy()
 
@@ -218,7 +218,7 @@ class Store:
                             f" none can be chosen; select whole runs, or write run={number}"
                         )
                     tensor = tensor[torch.tensor(labels["row"].to_numpy())]
-                yield Stored(entry.cell, entry.record, entry.reduce, tensor, number, labels)
+                yield Stored(entry.cell, entry.record, entry.reduce, tensor, entry.part, number, labels)
                 # Not kept while the next one is read.
                 del entry, tensor
 
@@ -334,7 +334,7 @@ class Part:
         if any(item.sink is not None for item in records):
             raise InputError("a record that has a sink cannot be streamed into the store; leave sink= out")
         first, self._streamed = self._streamed, self._streamed + len(records)
-        return tuple(replace(item, sink=self._sink(first + i, reducer_name(item.reduce))) for i, item in enumerate(records))
+        return tuple(replace(item, sink=self._sink(first + i, item)) for i, item in enumerate(records))
 
     def keep(self, run: Run) -> None:
         """Write the run, and what it recorded and kept itself; with that it is in the store.
@@ -356,8 +356,10 @@ class Part:
         write_bytes(self._folder / "index.parquet", _parquet(index))
         self.kept = True
 
-    def _sink(self, record: int, reduce: str) -> Callable[[Cell, Tensor], None]:
-        return lambda cell, tensor: self._shards.add(Entry(cell, record, reduce, tensor))
+    def _sink(self, number: int, record: Record) -> Callable[[Cell, Tensor], None]:
+        # A sink does not learn the layout, by which a run names the part that was selected.
+        part = "" if record.selector.whole else str(record.selector)
+        return lambda cell, tensor: self._shards.add(Entry(cell, number, reducer_name(record.reduce), tensor, part))
 
 
 def _matches(column: pd.Series, name: str, value: Any) -> np.ndarray:
