@@ -69,6 +69,10 @@ class Pool:
                     " prompts of the same length (max_sequence_length=)"
                 )
 
+    def count(self, owner: str, cell: Cell, at: Selector, shape: Sequence[int], part: str) -> int:
+        """How many rows `rows` gives, without reading them; arguments and errors are the same."""
+        return sum(len(self._held(owner, entries[cell], at, shape, part).tensor) for entries in self._entries)
+
     def rows(self, owner: str, cell: Cell, at: Selector, shape: Sequence[int], part: str) -> Tensor:
         """What all donors hold of a selection, one row after the other, on the CPU.
 
@@ -80,16 +84,16 @@ class Pool:
         Raises:
             InputError: a donor holds the cell in another shape, or other tokens or heads of it.
         """
-        return torch.cat([self._taken(owner, entries[cell], at, shape, part) for entries in self._entries])
+        held = [self._held(owner, entries[cell], at, shape, part) for entries in self._entries]
+        rows = [at.take_tokens(entry.tensor) if entry.part == "" else entry.tensor for entry in held]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _taken(self, owner: str, entries: list[Entry], at: Selector, shape: Sequence[int], part: str) -> Tensor:
-        for entry in entries:
-            if entry.part == "" and entry.tensor.shape[1:] == tuple(shape):
-                return at.take_tokens(entry.tensor)
+    def _held(self, owner: str, entries: list[Entry], at: Selector, shape: Sequence[int], part: str) -> Entry:
+        """The entry that holds a selection: in full, or just that."""
         wanted = at.take_tokens(torch.empty((1, *shape), device="meta")).shape[1:]
         for entry in entries:
-            if entry.part == part and entry.tensor.shape[1:] == wanted:
-                return entry.tensor
+            if (entry.part, entry.tensor.shape[1:]) in (("", tuple(shape)), (part, wanted)):
+                return entry
         held = listed(
             f"{tuple(entry.tensor.shape[1:])}{' of other tokens or heads' if entry.part not in ('', part) else ''}"
             for entry in entries

@@ -26,8 +26,8 @@ from dit_lens.schedule import Clock, StepClock
 from dit_lens.selection import Cell, Extent, Selector
 from dit_lens.taps import Attention, Bypass, Tap
 
-Claims = dict[tuple[Any, ...], list[tuple[int, Tensor]]]
-"""By place: which edits replace something there, and which tokens and heads."""
+Claims = dict[tuple[Any, ...], list[int]]
+"""By place: which edits replace something there."""
 
 
 def as_edits(edits: object) -> tuple[Edit | ReplaceLatents, ...]:
@@ -77,6 +77,7 @@ class Editor:
         self._clock: Clock | None = None
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._places: dict[tuple[int, tuple[int, ...]], tuple[Tensor, str]] = {}
+        self._overlaps: dict[tuple[int, int, tuple[int, ...]], bool] = {}
         self._cells: dict[int, dict[Cell, Cell]] = {}
         self._steps: dict[int, list[int]] = {}
         self.fired: dict[int, int] = dict.fromkeys(range(len(self._edits)), 0)
@@ -171,19 +172,24 @@ class Editor:
                 moment = self._moment(index, edit, cell)
                 edit.check_shape(moment)
                 if edit.replaces:
-                    self._check_alone(replaced, index, cell, moment)
+                    self._check_alone(replaced, index, cell, moment.shape)
 
-    def _check_alone(self, replaced: Claims, index: int, cell: Cell, moment: Moment) -> None:
+    def _check_alone(self, replaced: Claims, index: int, cell: Cell, shape: tuple[int, ...]) -> None:
         """Refuse a replacement of tokens and heads that an earlier edit replaces."""
         # Either of `resid` and `update` follows from the other, so they are one place.
         site = "resid" if cell.site == "update" else cell.site
-        place = (cell.expert, cell.step, cell.branch, cell.block, site, cell.stream)
-        taken = torch.zeros(math.prod(moment.shape[:-1]), dtype=torch.bool)
-        taken[self._places[index, moment.shape][0].flatten()] = True
-        for earlier, others in replaced.get(place, []):
-            if earlier != index and bool((taken & others).any()):
+        there = replaced.setdefault((cell.expert, cell.step, cell.branch, cell.block, site, cell.stream), [])
+        for earlier in there:
+            if earlier != index and self._overlap(earlier, index, shape):
                 self._exclude(earlier, index, f"the same tokens at {coordinates(cell)}")
-        replaced.setdefault(place, []).append((index, taken))
+        there.append(index)
+
+    def _overlap(self, earlier: int, later: int, shape: tuple[int, ...]) -> bool:
+        """Whether two edits select a token (and head) in common; asked for many cells, and worked out once."""
+        if (earlier, later, shape) not in self._overlaps:
+            places = [self._places[index, shape][0].flatten() for index in (earlier, later)]
+            self._overlaps[earlier, later, shape] = bool(torch.isin(*places).any())
+        return self._overlaps[earlier, later, shape]
 
     def _exclude(self, earlier: int, later: int, what: str) -> None:
         raise InputError(

@@ -136,7 +136,7 @@ class Patch(Edit):
 
     def check_shape(self, moment: Moment) -> None:
         """The donor's activation has this run's shape, and one row or as many."""
-        rows = len(_rows(self, self._pool, moment))
+        rows = _count(self, self._pool, moment)
         if rows not in (1, moment.rows):
             raise InputError(
                 f"{self}: the donor has {rows} rows, and this run {moment.rows}; run the donor with one seed and prompt,"
@@ -195,7 +195,7 @@ class Mean(Edit):
 
     def check_shape(self, moment: Moment) -> None:
         """The pool's activations have this run's shape."""
-        _rows(self, self._pool, moment)
+        _count(self, self._pool, moment)
 
     def apply(self, activation: Tensor, moment: Moment) -> Tensor:
         """The mean, taken in float32 or better."""
@@ -348,8 +348,13 @@ def _accurate(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _rows(edit: Any, pool: Pool, moment: Moment) -> Float[Tensor, "rows ..."]:
-    """What a pool holds for the place where an edit is."""
+def _count(edit: Any, pool: Pool, moment: Moment) -> int:
+    """How many rows a pool holds for the place where an edit is; an InputError where they do not fit."""
     if moment.cell.site.startswith("cross_attn") or moment.cell.stream != "visual":
         pool.check_text(f"{edit} at {coordinates(moment.cell)}", moment.text_tokens)
+    return pool.count(str(edit), moment.cell, edit.at, moment.shape, moment.part)
+
+
+def _rows(edit: Any, pool: Pool, moment: Moment) -> Float[Tensor, "rows ..."]:
+    """What a pool holds for the place where an edit is."""
     return pool.rows(str(edit), moment.cell, edit.at, moment.shape, moment.part)
