@@ -92,8 +92,8 @@ class Store:
 
     @property
     def index(self) -> pd.DataFrame:
-        """One row per recorded tensor: run, the cell (with sigma, timestep, depth), record, reduce, part, shape, dtype, bytes, and
-        the shard and key under which it lies."""
+        """One row per recorded tensor: run, the cell (with sigma, timestep, depth), record, reduce, part, shape, dtype,
+        bytes, and the shard and key under which it lies."""
         return self._tables()[1].copy()
 
     def append(self, run: Run, model: str, **labels: Any) -> int:
