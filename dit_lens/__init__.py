@@ -38,6 +38,7 @@ from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
 from dit_lens.lens import Lens, load, wrap
 from dit_lens.noise import x0_hat
+from dit_lens.pairs import Pair, PairRuns
 from dit_lens.record import Record
 from dit_lens.reducers import frame_mean, full, norm, region_mean
 from dit_lens.replay import Replay, Resume
@@ -49,6 +50,9 @@ from dit_lens.store import Store
 if TYPE_CHECKING:
     from dit_lens import reasoner
     from dit_lens.plants import planted
+    from dit_lens.sweeping import Outcome, Sweep, sweep
+
+SWEEPING = ("Outcome", "Sweep", "sweep")
 
 __all__ = [
     "Activations",
@@ -67,6 +71,9 @@ __all__ = [
     "Lens",
     "Mean",
     "Moment",
+    "Outcome",
+    "Pair",
+    "PairRuns",
     "Patch",
     "PatchUpdate",
     "Record",
@@ -80,6 +87,7 @@ __all__ = [
     "Skip",
     "Steer",
     "Store",
+    "Sweep",
     "TunedLens",
     "Zero",
     "at",
@@ -100,6 +108,7 @@ __all__ = [
     "reasoner",
     "region_mean",
     "register",
+    "sweep",
     "token_map",
     "wrap",
     "x0_hat",
@@ -112,4 +121,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("dit_lens.reasoner")
     if name == "planted":
         return importlib.import_module("dit_lens.plants").planted
+    if name in SWEEPING:
+        # Brings the plots along.
+        return getattr(importlib.import_module("dit_lens.sweeping"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

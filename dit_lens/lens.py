@@ -124,6 +124,11 @@ class Lens:
         with self._alone(progress=False):
             return self._forecast(inputs)
 
+    def extent(self, **inputs: Any) -> Extent:
+        """All that there is to select from in a run with these pipeline arguments: blocks, steps, branches, sites."""
+        with self._alone(progress=False):
+            return self._extent(self._forecast(inputs))
+
     def plain(self, seed: int | Sequence[int] = 0, progress: bool = False, **inputs: Any) -> Any:
         """The pipeline itself, with the same generators as `run` and nothing attached: what a run is compared with.
 

@@ -105,7 +105,7 @@ class Selector:
         experts = self._names("expert", self.expert, tuple(extent.blocks))
         branches = self._names("branch", self.branch, extent.branches)
         places = self._places(extent)
-        steps = self._numbers("step", self.step, len(forecast.timesteps))
+        steps = self.numbers("step", self.step, len(forecast.timesteps))
         steps &= self._levels("sigma", self.sigma, forecast.sigmas)
         selected = []
         for step in sorted(steps):
@@ -114,7 +114,7 @@ class Selector:
                 continue
             count = extent.blocks[expert]
             depths = [block / count for block in range(count)]
-            blocks = self._numbers("block", self.block, count) & self._levels("depth", self.depth, depths)
+            blocks = self.numbers("block", self.block, count) & self._levels("depth", self.depth, depths)
             level = {"sigma": forecast.sigmas[step], "timestep": forecast.timesteps[step]}
             selected += [
                 Cell(expert, step, branch, block, site, stream, **level, depth=depths[block])
@@ -140,14 +140,14 @@ class Selector:
             if not per_head or not set(sites) <= set(per_head):
                 offered = f"the sites {listed(per_head)}; name them with site=" if per_head else "no site of this model"
                 raise InputError(f"{self}: head= belongs to {offered}")
-            self._numbers("head", self.head, extent.heads)
+            self.numbers("head", self.head, extent.heads)
         found = [(site, stream) for site in extent.sites for stream in streams if site.name in sites]
         return [(site.name, stream) for site, stream in found if site.stream in (None, stream)]
 
     def check_tokens(self, layout: Layout) -> None:
         """Raise an InputError when `frames` or `tokens` do not fit the layout of the visual tokens."""
         if self.frames is not None:
-            self._numbers("frames", self.frames, layout.frames, "latent frames")
+            self.numbers("frames", self.frames, layout.frames, "latent frames")
         fitting = (layout.shape[1:], layout.shape)
         if self.tokens is not None and tuple(self.tokens.shape) not in fitting:
             raise InputError(
@@ -163,11 +163,11 @@ class Selector:
         `head` and `frames` keep all axes. `tokens` leaves one axis in place of the three of the layout, in its order.
         """
         if self.head is not None:
-            heads = torch.tensor(sorted(self._numbers("head", self.head, visual.shape[-2])))
+            heads = torch.tensor(sorted(self.numbers("head", self.head, visual.shape[-2])))
             visual = visual.index_select(-2, heads.to(visual.device))
         kept = torch.arange(visual.shape[1])
         if self.frames is not None:
-            kept = torch.tensor(sorted(self._numbers("frames", self.frames, visual.shape[1], "latent frames")))
+            kept = torch.tensor(sorted(self.numbers("frames", self.frames, visual.shape[1], "latent frames")))
             visual = visual.index_select(1, kept.to(visual.device))
         if self.tokens is None:
             return visual
@@ -226,7 +226,7 @@ class Selector:
             raise InputError(f"{self}: there is no {axis} {listed(map(repr, unknown))}; write one of {listed(known)}")
         return tuple(name for name in known if name in names)
 
-    def _numbers(self, axis: str, value: Any, count: int, what: str | None = None) -> set[int]:
+    def numbers(self, axis: str, value: Any, count: int, what: str | None = None) -> set[int]:
         """The indices below `count` that an axis value selects; negative ones count from the end."""
         if _everything(value):
             return set(range(count))

@@ -40,16 +40,17 @@ dit_lens.knockout dit_lens.latent_edits
 dit_lens.editor
 dit_lens.batching dit_lens.loading dit_lens.describe
 dit_lens.lens
-dit_lens.layer_lens
+dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
 dit_lens.plants.stream
 dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build
 dit_lens.plants
-dit_lens
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots
+dit_lens.sweeping
+dit_lens
 probes.linear
 probes.rooms
 probes
