@@ -49,15 +49,24 @@ from dit_lens.store import Store
 
 if TYPE_CHECKING:
     from dit_lens import reasoner
+    from dit_lens.attribution import Attribution, attribute
     from dit_lens.plants import planted
     from dit_lens.sweeping import Outcome, Sweep, sweep
 
-SWEEPING = ("Outcome", "Sweep", "sweep")
+LATER = {
+    "Outcome": "sweeping",
+    "Sweep": "sweeping",
+    "sweep": "sweeping",
+    "Attribution": "attribution",
+    "attribute": "attribution",
+}
+"""What brings the plots and scipy along, imported when it is asked for."""
 
 __all__ = [
     "Activations",
     "AddNoise",
     "Architecture",
+    "Attribution",
     "Average",
     "Cell",
     "DenoiserCall",
@@ -91,6 +100,7 @@ __all__ = [
     "TunedLens",
     "Zero",
     "at",
+    "attribute",
     "cosine",
     "difference_of_means",
     "differences_of_means",
@@ -121,7 +131,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("dit_lens.reasoner")
     if name == "planted":
         return importlib.import_module("dit_lens.plants").planted
-    if name in SWEEPING:
-        # Brings the plots along.
-        return getattr(importlib.import_module("dit_lens.sweeping"), name)
+    if name in LATER:
+        return getattr(importlib.import_module(f"dit_lens.{LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,6 @@ this changes a bit of the result (`reuse=False` is there to see that).
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,23 +35,21 @@ from dit_lens.activations import Activations, Entry
 from dit_lens.editor import as_edits
 from dit_lens.edits import Edit
 from dit_lens.errors import InputError, listed
+from dit_lens.grid import Grid, Place, call_places
 from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.lens import Lens
 from dit_lens.pairs import PairRuns, joined_inputs, run_pairs
 from dit_lens.replay import Resume
 from dit_lens.run import Run
-from dit_lens.selection import Cell, Extent, Selector
+from dit_lens.selection import Cell, Selector
 from dit_lens.statistics import summarise
 from dit_lens.taps import Tap
 
 log = logging.getLogger("dit_lens")
 
-Place = tuple[int, str]
-"""A step and a branch: one call of the denoiser."""
 EditOf = Callable[[Selector, PairRuns], Any]
 """What makes the edit, or the edits, of a cell: (selector of the cell, the runs of some pairs) -> edits."""
 
-AXES = ("expert", "step", "branch", "block", "site", "stream", "head", "frames")
 LABELS = ("sigma", "timestep", "depth")
 SAME_STEP = ("velocity", "x0_hat")
 EDIT = "edit"
@@ -234,10 +231,24 @@ def sweep(
         raise InputError(f"a sweep needs pairs, outcomes and seeds: there are {len(pairs)}, {len(measured)} and {len(seeds)}")
     if len({outcome.name for outcome in measured}) < len(measured):
         raise InputError(f"outcomes with the same name: {listed(outcome.name for outcome in measured)}")
-    extent = lens.extent(**joined_inputs([pairs[0].clean]))
-    grid = _Grid(over, extent)
+    grid = Grid(over, lens.extent(**joined_inputs([pairs[0].clean])))
     if any(outcome.of in SAME_STEP for outcome in measured):
         grid.check_single()
+    return swept(lens, pairs, edits, grid, measured, seeds, batch, reuse, progress)
+
+
+def swept(
+    lens: Lens,
+    pairs: Sequence[Any],
+    edits: Mapping[str, EditOf],
+    grid: Grid,
+    measured: Sequence[Outcome],
+    seeds: Sequence[int],
+    batch: int,
+    reuse: bool,
+    progress: bool,
+) -> Sweep:
+    """`sweep` over a grid."""
     cost: Cost | None = None
     rows: list[dict[str, Any]] = []
     parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // batch))
@@ -248,78 +259,29 @@ def sweep(
             runs = run_pairs(lens, [pairs[i] for i in places], places, seeds, keep_calls=True, decode=decode)
             if cost is None:
                 cost = _cost(lens, grid, measured, len(edits), len(pairs) * len(seeds), runs)
-                log.info("sweep over %s: %s", over, cost)
+                log.info("sweep over %s: %s", grid.over, cost)
                 if progress:
-                    tqdm.write(f"sweep over {over}: {cost}", file=sys.stderr)
-            for found in _swept(_Bench(lens, grid, runs, measured, reuse), edits):
+                    tqdm.write(f"sweep over {grid.over}: {cost}", file=sys.stderr)
+            for found in _measured(Bench(lens, grid, runs, measured, reuse), edits):
                 rows += found
                 bar.update()
     table = pd.DataFrame(rows)
-    span = table["donor"] - table["clean"]
-    table["effect"] = np.where(span != 0, (table["value"] - table["clean"]) / span.where(span != 0, 1), np.nan)
+    table["effect"] = effect(table["value"] - table["clean"], table)
     return Sweep(table, grid.axes, cost)
 
 
-class _Grid:
-    """The cells of a sweep: a selector for each, with its axes and the calls that it touches."""
-
-    def __init__(self, over: Selector, extent: Extent) -> None:
-        self.extent = extent
-        every = over.cells(extent)
-        named = {axis for axis in AXES if getattr(over, axis) is not None}
-        # Ranges of depth or sigma name blocks and steps.
-        named |= {axis for axis, level in (("block", over.depth), ("step", over.sigma)) if level is not None}
-        self.axes = tuple(axis for axis in AXES if axis in named)
-        groups: dict[tuple[Any, ...], list[Cell]] = {}
-        for cell in every:
-            groups.setdefault(tuple(getattr(cell, axis) for axis in self.axes if hasattr(cell, axis)), []).append(cell)
-        heads = None if over.head is None else sorted(over.numbers("head", over.head, extent.heads))
-        parts = {"head": heads or [None], "frames": self._frames(over)}
-        inside = [dict(zip(parts, values, strict=True)) for values in itertools.product(*parts.values())]
-        self.cells: list[tuple[Selector, dict[str, Any], list[Cell]]] = []
-        for key, cells in groups.items():
-            fixed = dict(zip((axis for axis in self.axes if axis in Cell.__dataclass_fields__), key, strict=True))
-            for part in inside:
-                chosen = {**fixed, **{name: value for name, value in part.items() if value is not None}}
-                selector = replace(over, depth=None, sigma=None, **chosen)
-                self.cells.append((selector, {**chosen, **self._labels(fixed, cells)}, cells))
-
-    def _labels(self, fixed: Mapping[str, Any], cells: Sequence[Cell]) -> dict[str, float]:
-        """Sigma, timestep and depth, where the axes fix them."""
-        labels = {name: getattr(cells[0], name) for name in ("sigma", "timestep")} if "step" in fixed else {}
-        return labels | ({"depth": cells[0].depth} if "block" in fixed else {})
-
-    def _frames(self, over: Selector) -> list[Any]:
-        """The layout is not known before a run, so frames are listed as they are written."""
-        if over.frames is None:
-            return [None]
-        if isinstance(over.frames, int | list | range | tuple | np.ndarray):
-            return [int(frame) for frame in np.atleast_1d(np.asarray(over.frames))]
-        raise InputError(f"{over}: a sweep over frames needs them as a list, as frames=[0, 1, 2]")
-
-    def check_single(self) -> None:
-        """Refuse cells of several calls: which of their velocities would it be?"""
-        for selector, _, cells in self.cells:
-            if len(_places(cells)) > 1:
-                raise InputError(
-                    f"{selector} is in {len(_places(cells))} calls of the denoiser, and an outcome of the velocity or of x0-hat"
-                    " belongs to one: name step= and branch= in over="
-                )
-
-    def groups(self) -> dict[tuple[Place, ...], list[int]]:
-        """The cells by the calls that they touch, in the order of these."""
-        found: dict[tuple[Place, ...], list[int]] = {}
-        for index, (_, _, cells) in enumerate(self.cells):
-            found.setdefault(_places(cells), []).append(index)
-        return found
+def effect(change: pd.Series, table: pd.DataFrame) -> pd.Series:
+    """A change as a share of the way from clean to donor; not a number where these do not differ."""
+    span = table["donor"] - table["clean"]
+    return change / span.where(span != 0)
 
 
 @dataclass(frozen=True, eq=False)
-class _Bench:
+class Bench:
     """Where the edits of one batch of pairs are tried."""
 
     lens: Lens
-    grid: _Grid
+    grid: Grid
     runs: PairRuns
     outcomes: Sequence[Outcome]
     reuse: bool
@@ -354,7 +316,7 @@ class _Bench:
     def observed(self, run: Run, cells: Sequence[Cell]) -> Activations:
         """Activations of a run at these cells, on the model's device: its calls are made again, once each."""
         found: dict[Cell, Entry] = {}
-        for place in _places(cells):
+        for place in call_places(cells):
             call = run.calls[place]
             here = [cell for cell in cells if (cell.step, cell.branch) == place]
             shape = run.layout.shape
@@ -386,7 +348,7 @@ class _Bench:
                 values[outcome.name] = outcome(self.shown(outcome, edited, (0, "")), self.runs.pairs)
         early = [outcome for outcome in self.outcomes if outcome.of in SAME_STEP]
         if early:
-            (place,) = _places(touched)
+            (place,) = call_places(touched)
             resume = answers.get(place)
             again = self.lens.replay(
                 self.runs.clean.calls[place], edits=edits, resume=resume if isinstance(resume, Resume) else None
@@ -414,7 +376,7 @@ class _Bench:
         return answers
 
 
-def _swept(bench: _Bench, edits: Mapping[str, EditOf]) -> Iterator[list[dict[str, Any]]]:
+def _measured(bench: Bench, edits: Mapping[str, EditOf]) -> Iterator[list[dict[str, Any]]]:
     """The rows of every cell and edit, for one batch of pairs."""
     for places, indices in bench.grid.groups().items():
         cells = list(dict.fromkeys(cell for index in indices for cell in bench.grid.cells[index][2]))
@@ -428,7 +390,7 @@ def _swept(bench: _Bench, edits: Mapping[str, EditOf]) -> Iterator[list[dict[str
 
 
 def _rows(
-    bench: _Bench, outcome: Outcome, place: Place, axes: Mapping[str, Any], name: str, values: Mapping[str, np.ndarray]
+    bench: Bench, outcome: Outcome, place: Place, axes: Mapping[str, Any], name: str, values: Mapping[str, np.ndarray]
 ) -> Iterator[dict[str, Any]]:
     """One row of the table for every row of the batch."""
     clean, donor = bench.baselines(outcome, place)
@@ -438,7 +400,7 @@ def _rows(
         yield {**axes, "edit": name, "sample": sample, "seed": seeds[row], "outcome": outcome.name, **numbers}
 
 
-def _streams(bench: _Bench, cells: Sequence[Cell]) -> dict[tuple[Place, int], Any]:
+def _streams(bench: Bench, cells: Sequence[Cell]) -> dict[tuple[Place, int], Any]:
     """What the blocks before the edited ones hand on in the clean run, at the first step that is edited."""
     first = min(cell.step for cell in cells)
     wanted = [
@@ -454,12 +416,7 @@ def _streams(bench: _Bench, cells: Sequence[Cell]) -> dict[tuple[Place, int], An
     return found
 
 
-def _places(cells: Sequence[Cell]) -> tuple[Place, ...]:
-    """The calls of the denoiser that hold these cells."""
-    return tuple(dict.fromkeys((cell.step, cell.branch) for cell in cells))
-
-
-def _cost(lens: Lens, grid: _Grid, outcomes: Sequence[Outcome], edits: int, rows: int, runs: PairRuns) -> Cost:
+def _cost(lens: Lens, grid: Grid, outcomes: Sequence[Outcome], edits: int, rows: int, runs: PairRuns) -> Cost:
     """What a sweep will do, taking every edit to act at its own cell."""
     extent = grid.extent
     blocks = [extent.blocks[expert] for expert in extent.forecast.experts]
@@ -469,7 +426,7 @@ def _cost(lens: Lens, grid: _Grid, outcomes: Sequence[Outcome], edits: int, rows
     done, naive, most = 2 * whole, 2 * whole, 0
     for _, _, cells in grid.cells:
         first = min(cell.step for cell in cells)
-        here = [min(c.block for c in cells if (c.step, c.branch) == place) for place in _places(cells) if place[0] == first]
+        here = [min(c.block for c in cells if (c.step, c.branch) == place) for place in call_places(cells) if place[0] == first]
         at_first = sum(blocks[first] - block for block in here)
         done += edits * (early * at_first + late * (at_first + branches * sum(blocks[first + 1 :])))
         naive += edits * (whole if late else branches * sum(blocks[: first + 1]))

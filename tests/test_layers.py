@@ -28,7 +28,7 @@ dit_lens.taps
 dit_lens.noise dit_lens.calls
 dit_lens.schedule
 dit_lens.selection
-dit_lens.activations dit_lens.reducers
+dit_lens.activations dit_lens.reducers dit_lens.grid
 dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours
 dit_lens.hooks dit_lens.tracing
@@ -50,6 +50,7 @@ dit_lens.plants
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots
 dit_lens.sweeping
+dit_lens.attribution
 dit_lens
 probes.linear
 probes.rooms
