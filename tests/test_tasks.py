@@ -256,3 +256,31 @@ def test_a_batch_has_a_prompt_and_an_image_for_each() -> None:
     assert {k: v for k, v in inputs.items() if k not in ("prompt", "image")} == {
         k: v for k, v in samples[0].inputs.items() if k not in ("prompt", "image")
     }
+
+
+@pytest.mark.parametrize("name", ["maze", "maze-loops", "circle", "tictactoe"])
+def test_pairs_differ_in_one_thing_that_decides_the_answer(name: str) -> None:
+    pairs = reasoner.pairs(name, 12)
+    assert len({pair.clean.index for pair in pairs}) == 12
+    for clean, donor in pairs:
+        assert (clean.split, donor.split) == (clean.task.split(clean.puzzle), clean.task.split(donor.puzzle))
+        assert clean.split == "test"
+        others = [clean.task.split(puzzle) for puzzle in clean.task.counterparts(clean.puzzle)]
+        assert donor.split == ("test" if "test" in others else "train")
+        assert not set(clean.answers) & set(donor.answers)
+        changed = int((clean.boards[0] != donor.boards[0]).sum())
+        if name.startswith("maze"):
+            assert changed == 2
+            assert clean.prompt == donor.prompt
+        else:
+            assert changed == 0
+            assert clean.prompt != donor.prompt
+        # Each is a sample like any other: its own true video is right, and the other's is not.
+        assert clean.task.score(donor.video(), donor).right
+        assert not clean.task.score(donor.video(), clean).right
+    assert all(a.puzzle == b.puzzle or name.startswith("maze") for a, b in zip(pairs[0], reasoner.pairs(name, 1)[0], strict=True))
+
+
+def test_tasks_without_counterparts_say_so() -> None:
+    with pytest.raises(dl.InputError, match="bounce has 0 pairs among its first 40 samples, and 1 are asked for"):
+        reasoner.pairs("bounce", 1)

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dit_lens.errors import InputError
 from dit_lens.reasoner.folders import folder
-from dit_lens.reasoner.tasks import Sample, Score, Task, task, tasks
+from dit_lens.reasoner.settings import CALL
+from dit_lens.reasoner.tasks import Sample, Score, Split, Task, task, tasks
 
 
 def inputs(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -27,4 +28,27 @@ def inputs(samples: Sequence[Sample]) -> dict[str, Any]:
     return {**each[0], "prompt": [i["prompt"] for i in each], "image": [i["image"] for i in each]}
 
 
-__all__ = ["Sample", "Score", "Task", "folder", "inputs", "task", "tasks"]
+class Pair(NamedTuple):
+    """Two samples that differ in a single thing, which decides the answer; what `dl.sweep` takes."""
+
+    clean: Sample
+    donor: Sample
+
+
+def pairs(name: str, count: int, split: Split = "test", frames: int = CALL["num_frames"]) -> list[Pair]:
+    """The first pairs of a task: of `circle` and `tictactoe` the prompt differs, of mazes the place of the goal.
+
+    Raises:
+        InputError: the task has no such pairs, or fewer than asked for.
+    """
+    kind = task(name)
+    found: list[Pair] = []
+    for index in range(40 * count):
+        pair = kind.pair(kind.sample(split, index, frames))
+        found += [Pair(*pair)] if pair else []
+        if len(found) == count:
+            return found
+    raise InputError(f"{name} has {len(found)} pairs among its first {40 * count} samples, and {count} are asked for")
+
+
+__all__ = ["Pair", "Sample", "Score", "Task", "folder", "inputs", "pairs", "task", "tasks"]

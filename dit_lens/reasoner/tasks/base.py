@@ -127,6 +127,10 @@ class Task(ABC):
     def judge(self, boards: UInt8[np.ndarray, "frames 16 16"], sample: Sample) -> Score:
         """Read one video, given as palette indices, and say what it did."""
 
+    def counterparts(self, puzzle: Any) -> list[Any]:
+        """Puzzles that differ from this one in a single thing, by which no answer is legal in both; none in some tasks."""
+        return []
+
     def words(self, puzzle: Any) -> dict[str, str]:
         """What fills the placeholders of the wordings."""
         return {}
@@ -172,6 +176,23 @@ class Task(ABC):
         shown = int(random.integers(len(answers)))
         prompt = self.wordings[random.integers(len(self.wordings))].format(**self.words(puzzle))
         return Sample(self, split, index, puzzle, prompt, shown, frames, answers)
+
+    def pair(self, sample: Sample) -> tuple[Sample, Sample] | None:
+        """A sample and a counterpart of the same wording, or None where there is none; always the same one.
+
+        It is of the same split where one is (a counterpart of a held-out position of tic-tac-toe rarely is held out too).
+        """
+        every = self.counterparts(sample.puzzle)
+        there = [puzzle for puzzle in every if self.split(puzzle) == sample.split] or every
+        if not there:
+            return None
+        puzzle = there[np.random.default_rng(sample.index).integers(len(there))]
+        said = self.words(sample.puzzle)
+        wording = next(wording for wording in self.wordings if wording.format(**said) == sample.prompt)
+        answers = self.solve(puzzle)
+        shown = sample.shown % len(answers)
+        prompt = wording.format(**self.words(puzzle))
+        return sample, Sample(self, self.split(puzzle), sample.index, puzzle, prompt, shown, sample.frames, answers)
 
     def score(self, video: Float[np.ndarray, "frames 64 64 3"], sample: Sample) -> Score:
         """What one video in [0, 1] did, and whether it is right."""

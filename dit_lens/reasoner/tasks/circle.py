@@ -60,6 +60,11 @@ class CircleTask(Task):
     def solve(self, puzzle: Objects) -> tuple[Answer, ...]:
         return (frozenset(i for i, item in enumerate(puzzle.items) if item == puzzle.target),)
 
+    def counterparts(self, puzzle: Objects) -> list[Objects]:
+        """The same picture with another kind of object to circle: only the prompt differs."""
+        others = sorted({item for item in puzzle.items if item is not None} - {puzzle.target})
+        return [Objects(puzzle.items, other) for other in others]
+
     def words(self, puzzle: Objects) -> dict[str, str]:
         return {"colour": puzzle.target[0], "shape": puzzle.target[1]}
 

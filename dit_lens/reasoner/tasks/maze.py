@@ -7,7 +7,7 @@ square) with that room's upper edge, left edge and corner pillar.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx as nx
@@ -134,6 +134,15 @@ class MazeTask(Task):
 
     def solve(self, puzzle: Maze) -> tuple[Answer, ...]:
         return puzzle.routes
+
+    def counterparts(self, puzzle: Maze) -> list[Maze]:
+        """The same maze with the goal in another room: only the goal differs."""
+        rooms = [(y, x) for y, x in np.argwhere(puzzle.open).tolist() if y % 2 and x % 2]
+        taken = {puzzle.start, puzzle.goal}
+        near = [(puzzle.start[0] + dy, puzzle.start[1] + dx) for dy, dx in ((2, 0), (-2, 0), (0, 2), (0, -2))]
+        moved = [replace(puzzle, goal=room) for room in rooms if room not in taken and room not in near]
+        low, high = self.routes
+        return [maze for maze in moved if low <= len(maze.routes) <= high]
 
     def canonical(self, puzzle: Maze) -> bytes:
         # Without what surrounds it: most mazes are not centred on the board.

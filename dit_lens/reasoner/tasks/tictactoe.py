@@ -85,6 +85,12 @@ class TicTacToeTask(Task):
     def solve(self, puzzle: Position) -> tuple[Answer, ...]:
         return winners(puzzle)
 
+    def counterparts(self, puzzle: Position) -> list[Position]:
+        """The same board with the other player to move, if it can win elsewhere: only the prompt differs."""
+        other = replace(puzzle, player="O" if puzzle.player == "X" else "X")
+        theirs = set(winners(other))
+        return [other] if theirs and not theirs & set(winners(puzzle)) else []
+
     def words(self, puzzle: Position) -> dict[str, str]:
         return {"player": puzzle.player}
 
