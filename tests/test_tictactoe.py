@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -58,7 +60,7 @@ def test_turned_boards_and_swapped_players_are_the_same_puzzle(turn: int) -> Non
 def test_the_mark_is_the_players_and_the_only_change() -> None:
     sample = TASK.sample("test", 0)
     legal = sample.answers[0]
-    other = Position(sample.puzzle.cells, "O" if sample.puzzle.player == "X" else "X")
+    other = replace(sample.puzzle, player="O" if sample.puzzle.player == "X" else "X")
     foreign = TASK.score(board.paint(TASK.draw(other, legal, 17)) / 255, sample)
     assert (foreign.right, foreign.reason) == (False, f"the mark is no {sample.puzzle.player}")
     boards = TASK.draw(sample.puzzle, legal, 17)
