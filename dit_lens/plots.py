@@ -248,8 +248,6 @@ def _looks(names: Sequence[str], controls: Collection[str]) -> dict[str, dict[st
 def _curve(axis: Axes, points: pd.DataFrame, x: str, look: dict[str, Any], label: str) -> None:
     if points.empty:
         return
-    # A table that was joined with an empty one holds its numbers as objects.
-    points = points.astype(dict.fromkeys((x, "mean", "low", "high"), float))
     axis.plot(points[x], points["mean"], label=label, **look)
     axis.fill_between(points[x], points["low"], points["high"], color=look["color"], alpha=0.16, linewidth=0)
 

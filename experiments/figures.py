@@ -72,8 +72,11 @@ def step_numbers(context: Context, results: pd.DataFrame, branch: str) -> None:
         ("entropy", "alive"): "How undecided x0-hat is, in samples with two or more legal answers",
     }
     for rows, title in titles.items():
+        here = [table for table in measured if not table.empty and set(table["measure"]) <= set(rows)]
+        if not here:  # no sample with several legal answers
+            continue
         figure = plots.curve_grid(
-            pd.concat([table for table in measured if set(table["measure"]) <= set(rows)], ignore_index=True),
+            pd.concat(here, ignore_index=True),
             x="sigma",
             x_label="\u03c3 (noise on the left, clean on the right)",
             row="measure",
