@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
@@ -82,31 +82,93 @@ def auc_interval(
     (``sklearn.metrics.roc_auc_score`` gives the same number and is the oracle in the tests; one call of it per resample and
     cell of a heat map would take minutes.) All nan where one of the two classes is missing.
     """
+    return macro_auc_interval(np.asarray(scores)[:, None], np.asarray(labels)[:, None], clusters, level, resamples, seed)
+
+
+def macro_auc_interval(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    clusters: ArrayLike,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The mean over classes, each against the rest, of the area under the ROC curve, as `auc_interval`.
+
+    ``scores`` and the boolean ``labels`` have a column for each class. A class of which every or no row is has no area, and is
+    left out of the mean.
+    """
     scores, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
-    positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
-    if len(positive) == 0 or len(negative) == 0:
+    there = [place for place in range(truth.shape[1]) if 0 < truth[:, place].sum() < len(truth)]
+    if not there:
         return Interval(np.nan, np.nan, np.nan, len(names), len(scores))
+    won = [_pairs_won(scores[:, place], truth[:, place], member, len(names)) for place in there]
+    estimate = float(
+        np.mean([pairs.sum() / (truth[:, p].sum() * (~truth[:, p]).sum()) for p, pairs in zip(there, won, strict=True)])
+    )
+    if len(names) == 1:
+        return Interval(estimate, np.nan, np.nan, 1, len(scores))
+    counts = _resampled_counts(len(names), resamples, seed)
+    areas = []
+    for place, pairs in zip(there, won, strict=True):
+        positives = np.bincount(member[truth[:, place]], minlength=len(names))
+        negatives = np.bincount(member[~truth[:, place]], minlength=len(names))
+        possible = (counts @ positives) * (counts @ negatives)
+        areas.append(np.where(possible > 0, ((counts @ pairs) * counts).sum(axis=1) / np.maximum(possible, 1), np.nan))
+    drawn = np.array(areas)
+    defined = ~np.isnan(drawn).all(axis=0)
+    low, high = _ends(np.nanmean(drawn[:, defined], axis=0), level)
+    return Interval(estimate, low, high, len(names), len(scores))
+
+
+def r2_interval(
+    guesses: ArrayLike, truth: ArrayLike, clusters: ArrayLike, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """R2 of ``guesses``, the share of the variance of ``truth`` that they explain, with an interval over clusters.
+
+    (``sklearn.metrics.r2_score`` is the oracle in the tests.) All nan where the truth does not vary.
+    """
+    guesses, truth = np.asarray(guesses, dtype=float), np.asarray(truth, dtype=float)
+    names, member = np.unique(np.asarray(clusters), return_inverse=True)
+    # Centred first: the sums of squares are then of the size of the spread.
+    centred = truth - truth.mean()
+    sums = np.stack(
+        [np.bincount(member, weights) for weights in (np.ones_like(truth), centred, centred**2, (truth - guesses) ** 2)]
+    )
+
+    def score(rows: Float[np.ndarray, "*draws sums"]) -> Float[np.ndarray, "*draws"]:
+        spread = rows[..., 2] - rows[..., 1] ** 2 / rows[..., 0]
+        return np.where(
+            spread > 1e-12 * max(float(sums[2].sum()), 1e-300), 1 - rows[..., 3] / np.where(spread > 0, spread, 1), np.nan
+        )
+
+    estimate = float(score(sums.sum(axis=1)))
+    if np.isnan(estimate):
+        return Interval(np.nan, np.nan, np.nan, len(names), len(truth))
+    if len(names) == 1:
+        return Interval(estimate, np.nan, np.nan, 1, len(truth))
+    drawn = score(_resampled_counts(len(names), resamples, seed) @ sums.T)
+    low, high = _ends(drawn[~np.isnan(drawn)], level)
+    return Interval(estimate, low, high, len(names), len(truth))
+
+
+def _pairs_won(
+    scores: Float[np.ndarray, " rows"], truth: Bool[np.ndarray, " rows"], member: Int[np.ndarray, " rows"], count: int
+) -> Float[np.ndarray, "clusters clusters"]:
+    """How many (positive, negative) pairs the scores put in the right order, ties half, by the clusters of the two."""
+    positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
     ordered = np.sort(scores[negative])
     # How many negatives of each cluster lie below (or at) each positive: cumulative counts in score order.
-    in_order = np.zeros((len(negative) + 1, len(names)))
+    in_order = np.zeros((len(negative) + 1, count))
     in_order[np.arange(1, len(negative) + 1), member[negative][np.argsort(scores[negative], kind="stable")]] = 1
     below = in_order.cumsum(axis=0)
     wins = (
         below[np.searchsorted(ordered, scores[positive], "left")] + below[np.searchsorted(ordered, scores[positive], "right")]
     ) / 2
-    pairs_won = np.zeros((len(names), len(names)))
-    np.add.at(pairs_won, member[positive], wins)
-    positives = np.bincount(member[positive], minlength=len(names))
-    negatives = np.bincount(member[negative], minlength=len(names))
-    estimate = float(pairs_won.sum() / (len(positive) * len(negative)))
-    if len(names) == 1:
-        return Interval(estimate, np.nan, np.nan, 1, len(scores))
-    counts = _resampled_counts(len(names), resamples, seed)
-    won = ((counts @ pairs_won) * counts).sum(axis=1)
-    pairs = (counts @ positives) * (counts @ negatives)
-    low, high = _ends(won[pairs > 0] / pairs[pairs > 0], level)
-    return Interval(estimate, low, high, len(names), len(scores))
+    won = np.zeros((count, count))
+    np.add.at(won, member[positive], wins)
+    return won
 
 
 def summarise(table: pd.DataFrame, value: str, by: Sequence[str], cluster: str = "sample", level: float = LEVEL) -> pd.DataFrame:

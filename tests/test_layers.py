@@ -52,7 +52,7 @@ dit_lens.plots
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens
-probes.linear
+probes.linear probes.ridge
 probes.rooms
 probes
 dit_lens.experiment
