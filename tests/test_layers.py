@@ -53,6 +53,7 @@ dit_lens.sweeping
 dit_lens.attribution
 dit_lens
 probes.linear probes.ridge
+probes.targets
 probes.rooms
 probes
 dit_lens.experiment
