@@ -136,8 +136,9 @@ def heat_maps(
     rows = sorted(table[y].unique())
     maps = [(value, value_label, limits, "cividis")]
     if spread is not None:
-        largest = table[spread].max()
-        maps.append((spread, spread_label, (0.0, float(largest) if largest > 0 else 1.0), "Greys"))
+        # On a scale as long as that of the values, so that what is dark is uncertain beside them.
+        longest = np.nanmax([limits[1] - limits[0], table[spread].max()])
+        maps.append((spread, spread_label, (0.0, float(longest) or 1.0), "Greys"))
     with mpl.rc_context({**LOOK, "axes.grid": False}):
         wide = 1.2 + 0.46 * len(columns)
         size = (1.0 + wide * len(panels), 0.6 + (0.9 + 0.27 * len(rows)) * len(maps))
@@ -275,5 +276,5 @@ def _numbers(axis: Axes, grid: np.ndarray, limits: tuple[float, float], dark_is_
         if np.isfinite(number):
             colour = "white" if (number < middle) != dark_is_high else "black"
             text = f"{number:.3g}" if abs(number) >= 10 else f"{number:.2f}"
-            text = text.replace("0.", ".", 1) if abs(number) < 1 else text
+            text = text.replace("0.", ".", 1).replace("-.00", ".00") if abs(number) < 1 else text
             axis.text(place, line, text, ha="center", va="center", fontsize=6, color=colour)
