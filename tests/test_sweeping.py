@@ -83,7 +83,12 @@ def test_what_is_reused_changes_no_bit_of_final_latents(kind: str, engine: str) 
 def test_what_is_reused_changes_no_bit_of_the_same_step(kind: str, engine: str) -> None:
     lens = dl.wrap(PIPES[kind](), engine)
     hooks = engine == "hooks"
-    over = dl.at(block=[0, 2] if hooks else 2, step=[0, 2] if kind == "two experts" else 2, branch="cond", site=["update", "q"])
+    over = dl.at(
+        block=[0, 2] if kind == "one expert" and hooks else 2,
+        step=[0, 2] if kind == "two experts" else 2,
+        branch="cond",
+        site=["update", "q"],
+    )
     edits: dict[str, Any] = {
         "zero": lambda cell, runs: dl.Zero(cell),
         "latents": lambda cell, runs: dl.ReplaceLatents(cell.step, runs.donor),
@@ -99,21 +104,19 @@ def test_the_same_bits_on_both_engines(image_pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("outcomes", [[LATENTS], [VELOCITY], [VELOCITY, LATENTS]], ids=["late", "early", "both"])
 @pytest.mark.parametrize(
-    "over",
+    ("over", "outcomes"),
     [
-        dl.at(block=[1, 2], step=[0, 3], branch=["cond", "uncond"], site="heads"),
-        dl.at(block=[1, 2], step=[1, 2]),
-        dl.at(block=2),
+        (dl.at(block=[1, 2], step=[0, 3], branch=["cond", "uncond"], site="heads"), [VELOCITY]),
+        (dl.at(block=[1, 2], step=[0, 3], branch="cond", site="heads"), [VELOCITY, LATENTS]),
+        (dl.at(block=[1, 2], step=[1, 2]), [LATENTS]),
+        (dl.at(block=2), [LATENTS]),
     ],
     ids=str,
 )
-def test_what_is_counted_is_what_runs(outcomes: list[dl.Outcome], over: dl.Selector, reuse: bool) -> None:
+def test_what_is_counted_is_what_runs(over: dl.Selector, outcomes: list[dl.Outcome], reuse: bool) -> None:
     pipe = PIPES["two experts"]()
     lens, controls = dl.wrap(pipe, "hooks"), {"double": lambda cell, runs: Double(cell)}
-    if VELOCITY in outcomes and over.branch is None:
-        return  # there is no single call
     with counting(pipe) as ran:
         found = swept(lens, outcomes, over, lambda cell, runs: dl.Zero(cell), controls=controls, reuse=reuse)
     cost = found.cost
@@ -141,7 +144,7 @@ def test_a_full_grid_takes_half_the_blocks_of_whole_runs_and_same_step_far_fewer
 
 def test_an_outcome_of_the_same_step_is_that_of_a_whole_edited_run(any_pipe: Any, engine: str) -> None:
     lens, pairs = dl.wrap(any_pipe, engine), some_pairs(any_pipe)
-    over = dl.at(block=[0, 2] if engine == "hooks" else 2, step=2, branch="uncond", site="update", frames=[1])
+    over = dl.at(block=2, step=2, branch="uncond", site="update", frames=[1])
     decoded = dl.Outcome("decoded", projected, of="x0_hat", decoded=True)
     found = swept(lens, [VELOCITY, X0_HAT, decoded], over, seeds=[5], batch=1)
     groups: Any = found.table.groupby(["sample", "step", "block"])
@@ -203,7 +206,7 @@ def test_a_batch_with_one_pair_has_no_other_donor_and_says_so_first(image_pipe: 
 def test_batches_of_any_size_give_the_same_table(image_pipe: Any) -> None:
     lens = dl.wrap(image_pipe, "hooks")
     tables = [
-        swept(lens, [LATENTS, VELOCITY], dl.at(block=[0, 1], step=2, branch="cond"), count=3, batch=b).table for b in (1, 2, 3)
+        swept(lens, [LATENTS, VELOCITY], dl.at(block=[0, 1], step=2, branch="cond"), count=3, batch=b).table for b in (1, 2)
     ]
     keys = ["block", "sample", "outcome"]
     whole = tables[0].sort_values(keys, ignore_index=True)
@@ -315,7 +318,7 @@ def test_heat_maps_show_means_and_how_wide_their_intervals_are(image_pipe: Any) 
     assert f"at most {widest:.2f}" in figure.axes[5].get_ylabel()
     heads = swept(lens, VELOCITY, dl.at(block="all", step=1, branch="cond", site="heads", head="all"), count=3)
     FigureCanvasAgg(heads.heatmap()).draw()
-    by_head = swept(lens, LATENTS, dl.at(block="all", site="heads", head="all"), count=3).heatmap()
+    by_head = swept(lens, LATENTS, dl.at(block=[0, 2], site="heads", head="all")).heatmap()
     assert [label.get_text() for label in by_head.axes[1].get_xticklabels()] == ["0", "1"]
 
 
