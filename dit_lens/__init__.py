@@ -50,11 +50,12 @@ from dit_lens.store import Store
 if TYPE_CHECKING:
     from dit_lens import reasoner
     from dit_lens.attribution import Attribution, attribute
+    from dit_lens.bench import Outcome
     from dit_lens.plants import planted
-    from dit_lens.sweeping import Outcome, Sweep, sweep
+    from dit_lens.sweeping import Sweep, sweep
 
 LATER = {
-    "Outcome": "sweeping",
+    "Outcome": "bench",
     "Sweep": "sweeping",
     "sweep": "sweeping",
     "Attribution": "attribution",

@@ -22,14 +22,16 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dit_lens.bench import SAME_STEP, Bench, Outcome
+from dit_lens.calls import DenoiserCall
 from dit_lens.edits import Patch
 from dit_lens.errors import InputError
-from dit_lens.grid import Grid
+from dit_lens.grid import Grid, Place, Point
 from dit_lens.lens import Lens
-from dit_lens.pairs import joined_inputs, run_pairs
+from dit_lens.pairs import batches, joined_inputs, run_pairs
 from dit_lens.selection import Cell, Selector
 from dit_lens.statistics import Interval, mean_interval, summarise
-from dit_lens.sweeping import EDIT, SAME_STEP, Bench, Outcome, effect, swept
+from dit_lens.sweeping import EDIT, LIMIT_BYTES, effect, labels_of, swept
 from dit_lens.taps import Tap
 
 
@@ -65,8 +67,7 @@ class Attribution:
     def summary(self, value: str = "effect") -> pd.DataFrame:
         """Mean over pairs and seeds for every cell, with a bootstrap interval over pairs; value is a column of
         the table: `effect`, `estimate` or `patched`."""
-        labels = [name for name in ("sigma", "timestep", "depth") if name in self.table]
-        return summarise(self.table, value, [*self.axes, *labels])
+        return summarise(self.table, value, [*self.axes, *labels_of(self.table, self.axes)])
 
 
 def attribute(
@@ -94,48 +95,63 @@ def attribute(
     """
     if outcome.of not in SAME_STEP or outcome.decoded:
         raise InputError(f"outcome {outcome.name!r}: attribution needs one of='velocity' or of='x0_hat' that is not decoded")
+    if not pairs or not seeds:
+        raise InputError(f"attribution needs pairs and seeds: there are {len(pairs)} and {len(seeds)}")
     grid = Grid(over, lens.extent(**joined_inputs([pairs[0].clean])))
-    if check < 2 or len(grid.cells) < 2:
+    if check < 2 or len(grid.points) < 2:
         raise InputError(
-            f"check={check} of {len(grid.cells)} cells: an estimate comes with its agreement with real patches over cells, so"
+            f"check={check} of {len(grid.points)} cells: an estimate comes with its agreement with real patches over cells, so"
             " name blocks in over= and check 2 or more"
         )
     grid.check_single()
+    if any(len(point.cells) > 1 for point in grid.points):
+        raise InputError(f"{over} patches several blocks together, and one may undo another's: name block= (or depth=) in over=")
     rows: list[dict[str, Any]] = []
     groups = grid.groups()
-    parts = np.array_split(np.arange(len(pairs)), -(-len(pairs) // batch))
+    parts = batches(len(pairs), batch)
     with tqdm(total=len(parts) * len(groups), desc="attribution", unit="call", disable=not progress) as bar:
-        for part in parts:
-            places = [int(place) for place in part]
+        for places in parts:
             runs = run_pairs(lens, [pairs[i] for i in places], places, seeds, keep_calls=True, decode=False)
-            for (place,), indices in groups.items():
-                cells = list(dict.fromkeys(cell for index in indices for cell in grid.cells[index][2]))
-                baselines = Bench(lens, grid, runs, [outcome], reuse=True).baselines(outcome, place)
-                clean, donor = runs.clean.calls[place], runs.donor.calls[place]
-                products = _products(lens, clean, donor, cells, lambda v, runs=runs: outcome.measure(v, runs.pairs), outcome.of)
-                for index in indices:
-                    selector, axes, inside = grid.cells[index]
-                    shape = runs.clean.layout.shape
-                    found = sum(_taken(selector, products[cell], shape) for cell in inside)
-                    assert isinstance(found, Tensor)
-                    numbers = zip(runs.places, runs.clean.seeds, found.tolist(), *baselines, strict=True)
-                    names = ("sample", "seed", "estimate", "clean", "donor")
-                    rows += [{**axes, **dict(zip(names, one, strict=True))} for one in numbers]
+            bench = Bench(lens, grid, runs, [outcome], reuse=True)
+            for (place,), points in groups.items():
+                rows += _estimates(bench, place, points)
                 bar.update()
     table = pd.DataFrame(rows)
     table["effect"] = effect(table["estimate"], table)
-    chosen = np.unique(np.linspace(0, len(grid.cells) - 1, min(check, len(grid.cells))).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(grid.points) - 1, min(check, len(grid.points))).round().astype(int))
     edits = {EDIT: lambda cell, runs: Patch(cell, runs.donor)}
-    real = swept(lens, pairs, edits, grid.only(chosen.tolist()), [outcome], seeds, batch, True, progress).table
+    real = swept(lens, pairs, edits, grid.only(chosen.tolist()), [outcome], seeds, batch, True, LIMIT_BYTES, progress).table
     real["patched"] = real["value"] - real["clean"]
     keys = [*grid.axes, "sample", "seed"]
     table = table.merge(real[[*keys, "patched"]], how="left", on=keys)
     spearman, sign = _agreement(table.dropna(subset=["patched"]))
-    return Attribution(table, grid.axes, spearman, sign, 3 * len(groups), len(grid.cells))
+    return Attribution(table, grid.axes, spearman, sign, 3 * len(groups), len(grid.points))
+
+
+def _estimates(bench: Bench, place: Place, points: Sequence[Point]) -> list[dict[str, Any]]:
+    """One row of the table for every point in a call, and every row of the batch."""
+    (outcome,), runs, shape = bench.outcomes, bench.runs, bench.runs.clean.layout.shape
+    baselines = bench.baselines(outcome, place)
+    cells = list(dict.fromkeys(cell for point in points for cell in point.cells))
+    clean, donor = runs.clean.calls[place], runs.donor.calls[place]
+    products = _products(bench.lens, clean, donor, cells, lambda shown: outcome.measure(shown, runs.pairs), outcome.of)
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        (cell,) = point.cells
+        found = point.selector.take_tokens(products[cell].unflatten(1, shape)).flatten(1).sum(dim=1).cpu()
+        numbers = zip(runs.places, runs.clean.seeds, found.tolist(), *baselines, strict=True)
+        names = ("sample", "seed", "estimate", "clean", "donor")
+        rows += [{**point.labels, **dict(zip(names, one, strict=True))} for one in numbers]
+    return rows
 
 
 def _products(
-    lens: Lens, clean: Any, donor: Any, cells: Sequence[Cell], measure: Callable[[Tensor], Any], of: str
+    lens: Lens,
+    clean: DenoiserCall,
+    donor: DenoiserCall,
+    cells: Sequence[Cell],
+    measure: Callable[[Tensor], Any],
+    of: str,
 ) -> Mapping[Cell, Tensor]:
     """(donor - clean) * gradient of the summed outcome, at every cell, in the shape of the activation."""
     theirs: dict[Cell, Tensor] = {}
@@ -165,16 +181,13 @@ def _products(
     taps = [*(reading(cell, ours) for cell in cells), *(growing(cell) for cell in grown_cells)]
     again = lens.replay(clean, taps=taps, gradients=True)
     with torch.enable_grad():
-        values = measure(again.velocity if of == "velocity" else again.x0_hat)
+        # On the CPU, as for a sweep.
+        shown = replace(again, velocity=again.velocity.cpu())
+        values = measure(shown.velocity if of == "velocity" else shown.x0_hat)
         if not isinstance(values, Tensor) or not values.requires_grad:
             raise InputError("attribution needs an outcome with a gradient: a measure of torch operations that returns a tensor")
         gradients = dict(zip(leaves, torch.autograd.grad(values.sum(), list(leaves.values())), strict=True))
     return {cell: (theirs[cell].float() - ours[cell].float()) * gradients[grown(cell)].float() for cell in cells}
-
-
-def _taken(selector: Selector, product: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The sum of a product over the selected heads and tokens, for every row."""
-    return selector.take_tokens(product.unflatten(1, shape)).flatten(1).sum(dim=1).cpu()
 
 
 def _agreement(table: pd.DataFrame) -> tuple[Interval, Interval]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dit_lens.activations import Activations
-from dit_lens.batching import PER_PROMPT
+from dit_lens.batching import IMAGES, PER_PROMPT
 from dit_lens.errors import InputError, listed
 from dit_lens.lens import Lens
 from dit_lens.run import Run
@@ -57,7 +59,7 @@ class PairRuns:
     donor: Run
     places: tuple[int, ...]
 
-    @property
+    @cached_property
     def other(self) -> Run:
         """The donors' run with its rows moved on by one pair: every row gets the donor of another pair, as a control.
 
@@ -112,13 +114,32 @@ def run_pairs(lens: Lens, pairs: Sequence[Any], places: Sequence[int], seeds: Se
         lens.run(**joined_inputs([getattr(pair, side) for pair in pairs]), seed=list(seeds), **options)
         for side in ("clean", "donor")
     )
-    if clean.latents.shape != donor.latents.shape:
+    for run, side in ((clean, "clean"), (donor, "donor")):
+        if run.batch != len(pairs) * len(seeds):
+            raise InputError(
+                f"{len(pairs)} pairs with {len(seeds)} seeds gave {run.batch} {side} rows: the inputs of a sample are those of"
+                " one prompt and one image"
+            )
+    if clean.latents.shape != donor.latents.shape or clean.branches != donor.branches:
         raise InputError(
-            f"clean latents have shape {tuple(clean.latents.shape)} and the donors' {tuple(donor.latents.shape)}: the samples"
-            " of a pair are to have the same frames, height, width and number of steps"
+            f"clean latents have shape {tuple(clean.latents.shape)} and the branches {listed(clean.branches)}, the donors'"
+            f" {tuple(donor.latents.shape)} and {listed(donor.branches)}: the samples of a pair are to have the same frames,"
+            " height, width, number of steps and guidance"
         )
     spread = [(pair, place) for pair, place in zip(pairs, places, strict=True) for _ in seeds]
     return PairRuns(tuple(pair for pair, _ in spread), clean, donor, tuple(place for _, place in spread))
+
+
+def batches(pairs: int, batch: int) -> list[list[int]]:
+    """The numbers of the pairs that run together, the smallest batch first: what it is too small for fails at once.
+
+    Raises:
+        InputError: a batch is to hold no pair.
+    """
+    if batch < 1:
+        raise InputError(f"batch={batch} holds no pair; write 1 or more")
+    parts = np.array_split(np.arange(pairs), -(-pairs // batch))
+    return sorted((part.tolist() for part in parts), key=len)
 
 
 def joined_inputs(samples: Sequence[Any]) -> dict[str, Any]:
@@ -139,17 +160,27 @@ def joined_inputs(samples: Sequence[Any]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for name in every[0]:
         values = [inputs[name] for inputs in every]
-        if name in PER_PROMPT:
-            joined[name] = torch.cat([_as_rows(value) for value in values]) if isinstance(values[0], Tensor) else values
+        if name in PER_PROMPT and any(value is not None for value in values):
+            joined[name] = _joined(name, values)
         elif all(_same(value, values[0]) for value in values):
             joined[name] = values[0]
         else:
-            raise InputError(f"samples that run together have one {name}=, and these have {listed(map(repr, values))}")
+            shown = listed(dict.fromkeys(map(repr, values)))
+            raise InputError(f"samples that run together have one {name}=, and these have {shown}")
     return joined
 
 
-def _as_rows(image: Tensor) -> Tensor:
-    return image if image.ndim != 3 else image[None]
+def _joined(name: str, values: Sequence[Any]) -> Any:
+    """What comes once for each prompt, for all samples: rows of one tensor, or a list."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
+    # One image has the axes (3, height, width), the embedding of one prompt (tokens, channels).
+    single = 3 if name in IMAGES else 2
+    rows = [value[None] if isinstance(value, Tensor) and value.ndim == single else value for value in values]
+    if any(not isinstance(row, Tensor) or row.shape[1:] != rows[0].shape[1:] for row in rows):
+        shown = listed(tuple(row.shape[1:]) if isinstance(row, Tensor) else type(row).__name__ for row in rows)
+        raise InputError(f"samples that run together have {name}= of one shape, and these have {shown}")
+    return torch.cat(rows)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -123,31 +123,42 @@ def heat_maps(
     value_label: str,
     limits: tuple[float, float],
     titles: Mapping[Any, str] | None = None,
+    spread: str | None = None,
+    spread_label: str = "",
 ) -> Figure:
     """One heat map per value of ``panel``, ``y`` upwards and ``x`` to the right in order of appearance, on one colour
     scale.
 
-    Cells carry their number where there are few enough to read. ``titles`` may say more than the panel's name.
+    Cells carry their number where there are few enough to read. ``titles`` may say more than the panel's name. ``spread``
+    is a column that says how uncertain the values are; it has a second row of maps with a scale of its own.
     """
     panels, columns = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[x]))
     rows = sorted(table[y].unique())
+    maps = [(value, value_label, limits, "cividis")]
+    if spread is not None:
+        # On a scale as long as that of the values, so that what is dark is uncertain beside them.
+        longest = np.nanmax([limits[1] - limits[0], table[spread].max()])
+        maps.append((spread, spread_label, (0.0, float(longest) or 1.0), "Greys"))
     with mpl.rc_context({**LOOK, "axes.grid": False}):
         wide = 1.2 + 0.46 * len(columns)
-        figure = Figure(figsize=(1.0 + wide * len(panels), 1.5 + 0.27 * len(rows)), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        image = None
-        for axis, name in zip(axes, panels, strict=True):
-            grid = table[table[panel] == name].pivot(index=y, columns=x, values=value).reindex(rows)[columns]
-            image = axis.imshow(grid, origin="lower", aspect="auto", cmap="cividis", vmin=limits[0], vmax=limits[1])
-            axis.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90 if len(columns) > 6 else 0)
-            axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        size = (1.0 + wide * len(panels), 0.6 + (0.9 + 0.27 * len(rows)) * len(maps))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(maps), len(panels), sharex=True, sharey=True, squeeze=False)
+        for line, (shown, label, ends, colours) in zip(axes, maps, strict=True):
+            image = None
+            for axis, name in zip(line, panels, strict=True):
+                grid = table[table[panel] == name].pivot(index=y, columns=x, values=shown).reindex(rows)[columns]
+                image = axis.imshow(grid, origin="lower", aspect="auto", cmap=colours, vmin=ends[0], vmax=ends[1])
+                axis.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90 if len(columns) > 6 else 0)
+                axis.set_yticks(range(len(rows)), rows, fontsize=7)
+                if len(columns) <= 12 and len(rows) <= 40:
+                    _numbers(axis, grid.to_numpy(), ends, dark_is_high=colours == "Greys")
+            line[0].set_ylabel(y_label)
+            if image is not None:
+                figure.colorbar(image, ax=list(line), label=label, shrink=0.9, pad=0.01)
+        for axis, name in zip(axes[0], panels, strict=True):
             axis.set_title((titles or {}).get(name, str(name)))
-            if len(columns) <= 12 and len(rows) <= 40:
-                _numbers(axis, grid.to_numpy(), limits)
-        axes[0].set_ylabel(y_label)
         figure.supxlabel(x_label, fontsize=9)
-        if image is not None:
-            figure.colorbar(image, ax=list(axes), label=value_label, shrink=0.9, pad=0.01)
     return figure
 
 
@@ -259,9 +270,11 @@ def _count(axis: Axes, clusters: pd.Series) -> None:
     axis.text(0.98, 0.03, text, ha="right", va="bottom", transform=axis.transAxes, fontsize=7, color="#666666")
 
 
-def _numbers(axis: Axes, grid: np.ndarray, limits: tuple[float, float]) -> None:
+def _numbers(axis: Axes, grid: np.ndarray, limits: tuple[float, float], dark_is_high: bool = False) -> None:
     middle = sum(limits) / 2
     for (line, place), number in np.ndenumerate(grid):
         if np.isfinite(number):
-            colour = "white" if number < middle else "black"
-            axis.text(place, line, f"{number:.2f}".lstrip("0"), ha="center", va="center", fontsize=6, color=colour)
+            colour = "white" if (number < middle) != dark_is_high else "black"
+            text = f"{number:.3g}" if abs(number) >= 10 else f"{number:.2f}"
+            text = text.replace("0.", ".", 1).replace("-.00", ".00") if abs(number) < 1 else text
+            axis.text(place, line, text, ha="center", va="center", fontsize=6, color=colour)
