@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 PRESET ?= quick
 
-.PHONY: install test check reproduce figures clean
+.PHONY: install test check reproduce figures plants clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ reproduce: install
 figures: install
 	$(BIN)/dit-lens reproduce --preset full --out figures
 	rm -rf figures/*/parts figures/report.html
+
+# docs/tools.md: every tool on every planted model, about twenty minutes on one core; fails where the table does not hold.
+plants: install
+	$(BIN)/python -m dit_lens.plants --out docs
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

@@ -48,7 +48,7 @@ from dit_lens.sites import Gate, Site
 from dit_lens.store import Store
 
 if TYPE_CHECKING:
-    from dit_lens import reasoner
+    from dit_lens import plants, reasoner
     from dit_lens.attribution import Attribution, attribute
     from dit_lens.bench import Outcome
     from dit_lens.plants import planted
@@ -114,6 +114,7 @@ __all__ = [
     "load",
     "norm",
     "planted",
+    "plants",
     "project",
     "random_directions",
     "reasoner",
@@ -128,8 +129,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The reasoner brings its tasks and their drawing along, which a user of another model does not need.
-    if name == "reasoner":
-        return importlib.import_module("dit_lens.reasoner")
+    if name in ("plants", "reasoner"):
+        return importlib.import_module(f"dit_lens.{name}")
     if name == "planted":
         return importlib.import_module("dit_lens.plants").planted
     if name in LATER:

@@ -42,17 +42,20 @@ dit_lens.batching dit_lens.loading dit_lens.describe
 dit_lens.lens
 dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
-dit_lens.plants.stream
+dit_lens.plants.stream dit_lens.plants.readings
 dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build
-dit_lens.plants
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench
+dit_lens.plots dit_lens.bench probes.linear probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
+dit_lens.plants.tools
+dit_lens.plants
+dit_lens.plants.measured
+dit_lens.plants.page
+dit_lens.plants.__main__
 dit_lens
-probes.linear probes.ridge
 probes.targets
 probes.rooms
 probes

@@ -11,10 +11,47 @@ A tool that points at a block of a trained model cannot be checked: nobody knows
 on planted models, and compare with `table.TABLE`, which was written down before any tool was run on them. Everything but
 the mechanism is a random background, so that models of different seeds differ, and no tool can win by looking for what
 is not zero.
+
+    dl.plants.measure(model, "update")        # the effect that patching a block's update has, block by block
+    dl.plants.measure(model, my_tool)         # the same of a tool of your own; see `plants.tools`
+
+What every tool of the table found on many models is in docs/tools.md, which `python -m dit_lens.plants` writes.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from dit_lens.plants.build import KINDS, planted
 from dit_lens.plants.model import Pair, Planted, Sample
+from dit_lens.plants.readings import verdict
 from dit_lens.plants.table import TABLE, TOOLS, Entry, Truth
 
-__all__ = ["KINDS", "TABLE", "TOOLS", "Entry", "Pair", "Planted", "Sample", "Truth", "planted"]
+if TYPE_CHECKING:
+    from dit_lens.plants.tools import Trial, measure, measure_all
+
+LATER = {"Trial": "tools", "measure": "tools", "measure_all": "tools"}
+"""What brings sweeps and probes along, imported when it is asked for."""
+
+__all__ = [
+    "KINDS",
+    "TABLE",
+    "TOOLS",
+    "Entry",
+    "Pair",
+    "Planted",
+    "Sample",
+    "Trial",
+    "Truth",
+    "measure",
+    "measure_all",
+    "planted",
+    "verdict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATER:
+        return getattr(importlib.import_module(f"dit_lens.plants.{LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
