@@ -33,7 +33,7 @@ figures: install
 	$(BIN)/dit-lens reproduce --preset full --out figures
 	rm -rf figures/*/parts figures/report.html
 
-# docs/tools.md: every tool on every planted model, about twenty minutes on one core; fails where the table does not hold.
+# docs/tools.md: every tool on every planted model, ten to twenty minutes on one core; fails where the table does not hold.
 plants: install
 	$(BIN)/python -m dit_lens.plants --out docs
 

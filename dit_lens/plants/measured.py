@@ -34,7 +34,8 @@ class Measured:
     Attributes:
         truth: what was planted. seed, blocks: of the model. sigmas: of its steps, then 0.
         found: by tool, the effect at every place, in the order of `Entry.expected`.
-        share: the largest effect of `resid` in the unit of `dl.sweep`, the share of the way from clean to donor.
+        share: without a plant, the largest effect of `resid` in the unit of `dl.sweep`, the share of the way from clean to
+            donor; None where these are the same bits.
     """
 
     truth: Truth
@@ -42,7 +43,7 @@ class Measured:
     blocks: int
     sigmas: tuple[float, ...]
     found: Mapping[str, tuple[float, ...]]
-    share: float
+    share: float | None = None
 
     @property
     def name(self) -> str:
@@ -76,7 +77,8 @@ def measured(kind: str, seed: int, tools: Sequence[str] | None = None) -> Measur
             raise InputError(f"{tool} found something at {list(found)}, and the table has {list(model.expected(tool))}")
     rounded = {tool: tuple(round(size, DIGITS) for size in found.values()) for tool, found in effects.items()}
     sigmas = tuple(round(sigma, 6) for sigma in schedule(model.pipe, model.steps)[1])
-    return Measured(model.truth, seed, model.blocks, sigmas, rounded, round(share_of_nothing(model), DIGITS))
+    share = share_of_nothing(model) if kind == "none" else None
+    return Measured(model.truth, seed, model.blocks, sigmas, rounded, None if share is None else round(share, DIGITS))
 
 
 def every_model(seeds: int = SEEDS, plain: int = PLAIN) -> list[tuple[str, int]]:

@@ -47,6 +47,12 @@ to 1. Before believing any share of the way from clean to donor, look at whether
 section)."""
 
 
+CHANGED = """The table, the thresholds and what a size may be off by were fixed before the first run of these tools. One thing was
+changed after it: the sampling of the `probe`. Samples that shared their noise stood in both halves of its split, and it was
+below chance where nothing is to be read and weak where something is; now no noise is in both halves, and there are twice as
+many samples."""
+
+
 def page(found: Sequence[Measured]) -> str:
     """The whole page, as Markdown.
 
@@ -106,11 +112,12 @@ def _misses(found: Sequence[Measured]) -> list[str]:
         "An *effect* is how far an edit takes the final answer from the clean one (0) towards the donor's (1); halfway, there is"
         f" no answer any more. It is the mean over {PAIRS} pairs of samples with opposite answers. It may be off by {ALARM}, and"
         f" by {SCALE_ERROR:.0%} of what it is to be. `resample` draws {DRAWS} times and may be off by three standard errors"
-        f" besides. Of the `probe`, an effect is 2 x (area under the ROC curve) - 1 on the held-out half of {PROBED} samples:"
+        f" besides. Of the `probe`, an effect is 2 x (area under the ROC curve) - 1 on the held-out half of {PROBED} samples"
+        f" (no noise is in both halves):"
         f" within {SCALE_ERROR} of 1 where the answer can be read, and below {PROBE_ALARM} where it cannot."
     )
     said = f"Of {count} entries (tools x models), {count - entries} hold" + (", and these do not:" if missed else ".")
-    return ["## Does the table hold?", rule, said, *(["\n".join(missed)] if missed else [])]
+    return ["## Does the table hold?", rule, " ".join(CHANGED.split("\n")), said, *(["\n".join(missed)] if missed else [])]
 
 
 def _kind(kind: str, models: Sequence[Measured]) -> list[str]:
@@ -121,9 +128,13 @@ def _kind(kind: str, models: Sequence[Measured]) -> list[str]:
         held = sum(not model.misses(tool) for model in models)
         must = f"{entry.verdict}: {entry.where}" + (f", {entry.size:g}" if entry.size else "")
         rows.append([f"`{tool}`", must, entry.reason, _worst(tool, models), f"{held} of {len(models)}"])
+    about = PLANTS[kind]
+    if kind == "distractor":
+        early = sum((model.truth.distractor or 0) < (model.truth.block or 0) for model in models)
+        about += f" It comes before the plant in {early} of {len(models)} models, and misleads a probe in these only."
     return [
         f"## {kind}",
-        PLANTS[kind],
+        about,
         _table(["tool", "must report", "because", "largest deviation (allowed)", "models as written"], rows),
     ]
 
@@ -156,10 +167,11 @@ def _alarms(planted: Sequence[Measured], plain: Sequence[Measured]) -> list[str]
         beside = f"{sum(alarmed(model, tool) for model in idle)} of {len(idle)}"
         rate = f"{count / len(plain):.0%} [{exact.low:.0%}, {exact.high:.1%}]"
         rows.append([f"`{tool}`", f"{alarm(tool):g}", f"{count} of {len(plain)}", rate, f"{largest:.4f}", beside])
+    unseen = binomtest(0, len(plain)).proportion_ci(method="exact").high
     stated = (
         "A *false alarm* is a model without a plant on which a tool finds an effect larger than its threshold, at any place."
         f" Every tool states a rate of at most {ALARM_RATE:.0%}. Intervals are exact (Clopper-Pearson, 95%): with"
-        f" {len(plain)} models none can show that a rate is below {binomtest(0, len(plain)).proportion_ci(method='exact').high:.1%}, only that it is"
+        f" {len(plain)} models none can show that a rate is below {unseen:.1%}, only that it is"
         " not refuted. These models are quiet: their answer channel barely feels the rest, so they test for leaks in a tool more"
         " than for its behaviour in noise. The last column is about planted models: on how many of those with places that play no"
         " part a tool finds something at one of these."
@@ -170,20 +182,16 @@ def _alarms(planted: Sequence[Measured], plain: Sequence[Measured]) -> list[str]
 
 def _shares(plain: Sequence[Measured]) -> list[str]:
     """The trap of a share of nothing."""
-    count = sum(model.share > ALARM for model in plain)
+    shares = [model.share for model in plain if model.share is not None]
+    large = sum(share > 0.5 for share in shares)
     return [
         "## A share of nothing",
         "The column `effect` of `dl.sweep` is the share of the way from clean to donor, and on a model in which clean and donor"
-        f" give the same answer that is a share of rounding and leakage. On {count} of the {len(plain)} models without a plant,"
-        f" `resid` in that unit has an effect larger than {ALARM} at some block (median of the largest:"
-        f" {_median([model.share for model in plain]):.2f}), although no answer is there to be moved. So the effects above are in"
-        " units of the answer itself. In your own sweeps, read the columns `clean` and `donor` first.",
+        f" give the same answer that is a share of leakage and rounding. On {large} of the {len(plain)} models without a plant,"
+        " `resid` in that unit has an effect of more than half at some block, although no answer is there to be moved; on"
+        f" {len(plain) - len(shares)} clean and donor are the same bits, and the column holds no number. So the effects above are"
+        " in units of the answer itself. In your own sweeps, read the columns `clean` and `donor` first.",
     ]
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -52,9 +52,9 @@ POOL = 4
 """Pairs and pools are even in number, and so balanced: as many answers of +1 as of -1."""
 NOISES = DRAWS // (2 * PAIRS)
 """With how many seeds of noise `resample` runs each pair; it draws twice for each."""
-PROBED = 64
+PROBED = 128
 """How many samples a probe is trained and scored on, half and half."""
-PROBE_NOISES = 4
+PROBE_NOISES = 16
 """In how many batches these run, each with noise of its own."""
 
 Effects = dict[Place, float]
@@ -242,17 +242,20 @@ def probed(trial: Trial) -> Effects:
     samples = [pair.clean for pair in model.pairs(PROBED, seed=trial.seed + 2)]
     step, branch = truth.step or 0, truth.branches[0]
     record = Record(at(block="all", step=step, branch=branch, frames=truth.frame), frame_mean)
-    # Answers alternate, so every batch holds both: noise that came with one answer only could be read in its place.
+    # Answers alternate, so every batch holds as many of either: noise that comes with one answer can be read in its place.
+    # For the same reason no batch is in both halves of the split. Where a balanced batch is torn, what of it is trained on
+    # leans to one answer and what it is scored on to the other, and a probe that knows its noise is worse than chance.
     batches = [samples[first : first + PROBED // PROBE_NOISES] for first in range(0, PROBED, PROBED // PROBE_NOISES)]
     runs = [
         trial.lens.run(**model.inputs(batch), seed=trial.seed + number, decode=False, until=step, record=record)
         for number, batch in enumerate(batches)
     ]
     labels = np.array([sample.answer > 0 for sample in samples])
+    noises = np.repeat(np.arange(PROBE_NOISES), PROBED // PROBE_NOISES)
     found: Effects = {}
     for block in range(model.blocks):
         features = torch.cat([run.activation(block=block, step=step, branch=branch)[:, 0] for run in runs]).numpy()
-        score = fit_and_score(features, labels, np.arange(PROBED), seed=trial.seed)
+        score = fit_and_score(features, labels, noises, seed=trial.seed)
         found[block] = max(0.0, 2 * score.estimate - 1)
     return found
 
@@ -291,8 +294,12 @@ def measure_all(model: Planted, tools: Sequence[str] = tuple(TOOLS), engine: str
     return {tool: found[tool] for tool in tools}
 
 
-def share_of_nothing(model: Planted) -> float:
-    """The largest mean effect of `resid` on a model in the unit of `dl.sweep`: the share of the way from clean to donor."""
+def share_of_nothing(model: Planted) -> float | None:
+    """The largest mean effect of `resid` on a model in the unit of `dl.sweep`: the share of the way from clean to donor.
+
+    None where clean and donor do not differ in a bit, as `dl.sweep` then gives no share.
+    """
     ran = trial(model)
     found = sweep(ran.lens, ran.pairs, patch, at(block="all"), ran.outcome, seeds=(ran.seed,), progress=False).table
-    return max(abs(mean) for mean in mean_by_place(found, ["block"], "effect").values())
+    shares = [abs(mean) for mean in mean_by_place(found, ["block"], "effect").values() if not np.isnan(mean)]
+    return max(shares, default=None)
