@@ -1,0 +1,83 @@
+"""What the documents show is run: the code of the README and of docs/, and the cells of the notebook."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+
+from dit_lens.plants import TABLE, TOOLS
+from dit_lens.reasoner.settings import CALL
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "docs" / "where_is_the_answer_decided.ipynb"
+MARKDOWN = ("README.md", "docs/interventions.md")
+
+
+def python_blocks(text: str) -> list[str]:
+    """The python code blocks of a Markdown document."""
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def cells(kind: str) -> list[dict[str, Any]]:
+    """The cells of the notebook of one kind."""
+    return [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def run_in_order(name: str, blocks: list[str]) -> dict[str, Any]:
+    """Run blocks of code one after another, as one module would."""
+    assert blocks
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{name}, block {number}", "exec"), scope)
+    return scope
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What documents write goes to a folder of its own, and what they draw to no window."""
+    monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
+
+
+@pytest.mark.parametrize("document", MARKDOWN)
+def test_the_code_of_a_document_runs(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CALL, "num_inference_steps", 3)
+    run_in_order(document, python_blocks((ROOT / document).read_text(encoding="utf-8")))
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIT_LENS_QUICK", "1")
+    scope = run_in_order(NOTEBOOK.name, ["".join(cell["source"]) for cell in cells("code")])
+    assert len(scope["pairs"]) == len(scope["fresh"]) == 2
+
+
+def test_the_notebook_was_run_in_order_and_is_small() -> None:
+    code = cells("code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 4
+    assert all(len(picture) < 200_000 for picture in pictures)  # base64: 150 kB of picture
+    assert NOTEBOOK.stat().st_size < 600_000
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("document", [*MARKDOWN, "CHANGELOG.md", NOTEBOOK.relative_to(ROOT).as_posix()])
+def test_links_within_the_repository_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http", "mailto")):
+            assert (path.parent / target).exists(), target
+
+
+def test_the_table_of_tools_is_that_of_the_planted_models() -> None:
+    lines = (ROOT / "docs" / "interventions.md").read_text(encoding="utf-8").splitlines()
+    for tool in TOOLS:
+        verdicts = " | ".join(TABLE[kind][tool].verdict for kind in TABLE)
+        assert f"| `{tool}` | {verdicts} |" in lines
+    assert f"| tool | {' | '.join(f'`{kind}`' for kind in TABLE)} |" in lines
