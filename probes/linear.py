@@ -1,4 +1,8 @@
-"""Linear probes: logistic regression on standardised features, trained on some puzzles and scored on others.
+"""Probes fitted one at a time: logistic regression on standardised features, and what it is to be compared with.
+
+`logistic` is the probe that figures show. `mass-mean` takes the direction between the means of the classes, which nothing is
+fitted to (Marks and Tegmark 2023, arXiv 2310.06824, section 5). `nonlinear` is a small network, as an upper bound: what it
+reads and a linear probe does not is there, but not linearly.
 
 The tokens of one maze share its walls and its route, so a split by token would put near-copies of the test set into
 training. The split is by group (all tokens of a maze, and all mazes that are turned or mirrored copies of it), and so is
@@ -9,12 +13,21 @@ label. A probe that scores well there has memorised places. *Selectivity* is the
 control task.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupShuffleSplit
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -24,8 +37,46 @@ from dit_lens.statistics import Interval, auc_interval
 REGULARISATION = 0.01
 """Inverse strength of the L2 penalty (scikit-learn's C) on standardised features."""
 
+HIDDEN, SEED = 64, 0
+"""Hidden units of the nonlinear probe, and what seeds it."""
+
 ProbeScore = Interval
 """Held-out area under the ROC curve with its interval over groups; all nan where a class is missing."""
+
+
+class MassMean(ClassifierMixin, BaseEstimator):
+    """A classifier of two classes by the direction between their means, with a threshold half-way."""
+
+    def fit(self, X: Float[np.ndarray, "rows channels"], y: Shaped[np.ndarray, " rows"]) -> MassMean:
+        """Take the means."""
+        self.classes_ = np.unique(y)
+        low, high = (X[y == label].mean(axis=0) for label in self.classes_)
+        self.coef_ = (high - low)[None]
+        self.intercept_ = -self.coef_ @ (high + low) / 2
+        return self
+
+    def decision_function(self, X: Float[np.ndarray, "rows channels"]) -> Float[np.ndarray, " rows"]:
+        """How far a row lies on the side of the second class."""
+        return X @ self.coef_[0] + self.intercept_[0]
+
+    def predict(self, X: Float[np.ndarray, "rows channels"]) -> Shaped[np.ndarray, " rows"]:
+        """The nearer class."""
+        return self.classes_[(self.decision_function(X) > 0).astype(int)]
+
+
+PROBES: dict[str, Callable[[], Any]] = {
+    "logistic": lambda: LogisticRegression(C=REGULARISATION, max_iter=1000),
+    "mass-mean": MassMean,
+    "nonlinear": lambda: MLPClassifier((HIDDEN,), alpha=1.0, learning_rate_init=3e-3, max_iter=60, random_state=SEED),
+}
+"""Kinds of probe by name; each comes after a `StandardScaler`."""
+
+
+def unfitted(probe: str) -> Any:
+    """A probe of a kind, with its scaler. InputError where there is no such kind."""
+    if probe not in PROBES:
+        raise InputError(f"there is no probe {probe!r}; write one of {', '.join(PROBES)}")
+    return make_pipeline(StandardScaler(), PROBES[probe]())
 
 
 def split_groups(
@@ -48,8 +99,9 @@ def fit_and_score(
     groups: Shaped[np.ndarray, " tokens"],
     test_share: float = 0.5,
     seed: int = 0,
+    probe: str = "logistic",
 ) -> ProbeScore:
-    """Trains a probe on some groups and scores it on the others.
+    """Trains a probe on some groups and scores it on the others; `probe` is one of `PROBES`.
 
     Returns nan for everything but the counts where there is nothing to learn or to score: fewer than two groups, or all
     training or all test tokens of one class. (A model that never draws a legal route leaves no choice to be read.)
@@ -61,10 +113,82 @@ def fit_and_score(
     train, test = split_groups(groups, test_share, seed)
     if labels[train].all() or not labels[train].any():
         return ProbeScore(np.nan, np.nan, np.nan, len(np.unique(groups[test])), int(test.sum()))
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, max_iter=1000))
-    probe.fit(features[train].astype(np.float64), labels[train])
-    scores = probe.decision_function(features[test].astype(np.float64))
+    fitted = unfitted(probe)
+    with warnings.catch_warnings():
+        # The nonlinear probe stops after a fixed number of passes on purpose.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted.fit(features[train].astype(np.float64), labels[train])
+    scores = _decision(fitted, features[test].astype(np.float64))
     return auc_interval(scores, labels[test], groups[test])
+
+
+@dataclass(frozen=True)
+class CodeLength:
+    """What it takes to send labels to someone who has the features (Voita and Titov 2020, arXiv 2003.12298, section 2.2).
+
+    Attributes:
+        bits: of the online code, per label. uniform: of a code that knows how often each class is, and nothing else, per label.
+        compression: uniform / bits; 1 where the features do not help. labels: how many.
+    """
+
+    bits: float
+    uniform: float
+    compression: float
+    labels: int
+
+
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+"""Inverse strengths of the penalty (scikit-learn's C) that the online code chooses from."""
+PORTIONS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
+"""Where the labels are cut for the online code, as shares of the groups."""
+
+
+def code_length(
+    features: Float[np.ndarray, "tokens channels"],
+    labels: Bool[np.ndarray, " tokens"],
+    groups: Shaped[np.ndarray, " tokens"],
+    seed: int = 0,
+) -> CodeLength:
+    """The online (prequential) code length of binary labels, given features.
+
+    Group after group in random order, each portion of labels is sent with the probabilities of a logistic probe trained
+    on all before it; the first portion, and any before both classes were seen, with those of the classes. A probe that needs
+    few examples to be right, and not only one that ends up right, makes a short code. The strength of its penalty is the one
+    that would have made the shortest code so far, which the receiver knows too.
+
+    Raises:
+        InputError: lengths that differ, or labels of one class only.
+    """
+    if not len(features) == len(labels) == len(groups):
+        raise InputError(f"features, labels and groups need one row per token, got {len(features)}, {len(labels)}, {len(groups)}")
+    if labels.all() or not labels.any():
+        raise InputError("a code length needs labels of two classes, and these are all the same")
+    names = np.random.default_rng(seed).permutation(np.unique(groups))
+    share = labels.mean()
+    entropy = float(-(share * np.log2(share) + (1 - share) * np.log2(1 - share)))
+    ends = np.unique(np.ceil(np.array(PORTIONS) * len(names)).astype(int))
+    sent, bits = np.zeros(len(labels), dtype=bool), 0.0
+    so_far = np.zeros(len(STRENGTHS))
+    for begin, end in itertools.pairwise([0, *ends.tolist()]):
+        portion = np.isin(groups, names[begin:end])
+        chances = np.full((len(STRENGTHS), portion.sum()), share)
+        if labels[sent].any() and not labels[sent].all():
+            for place, strength in enumerate(STRENGTHS):
+                fitted = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+                fitted.fit(features[sent].astype(np.float64), labels[sent])
+                chances[place] = fitted.predict_proba(features[portion].astype(np.float64))[:, 1].clip(1e-6, 1 - 1e-6)
+        each = -np.log2(np.where(labels[portion], chances, 1 - chances)).sum(axis=1)
+        bits += float(each[so_far.argmin()])
+        so_far += each
+        sent |= portion
+    return CodeLength(bits / len(labels), entropy, entropy * len(labels) / bits, len(labels))
+
+
+def _decision(fitted: Any, features: Float[np.ndarray, "rows channels"]) -> Float[np.ndarray, " rows"]:
+    """A score that rises with the second class."""
+    if hasattr(fitted, "decision_function"):
+        return fitted.decision_function(features)
+    return fitted.predict_proba(features)[:, 1]
 
 
 def control_labels(kinds: Sequence[tuple[int, ...]], seed: int = 0) -> Bool[np.ndarray, " tokens"]:

@@ -56,7 +56,7 @@ dit_lens.plants.measured
 dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
-probes.targets
+probes.targets probes.controls
 probes.rooms
 probes
 dit_lens.experiment
