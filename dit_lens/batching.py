@@ -45,12 +45,16 @@ class Call:
         return encode_each_row_once(pipe) if self.different_images else nullcontext()
 
 
-def prepare(pipe: Any, seed: int | Sequence[int], inputs: dict[str, Any], reserved: Sequence[str] = ()) -> Call:
+Seeds = int | Sequence[int] | Sequence[Sequence[int]]
+"""One seed, seeds for every prompt, or a list of seeds for each prompt."""
+
+
+def prepare(pipe: Any, seed: Seeds, inputs: dict[str, Any], reserved: Sequence[str] = ()) -> Call:
     """Arguments for one pipeline call with a row for every prompt and seed.
 
     Args:
         pipe: the pipeline that will be called.
-        seed: one seed, or S of them.
+        seed: one seed, or S of them; or for each prompt a list of S of its own.
         inputs: the pipeline's own keyword arguments. `prompt` may be a list of P; `image` and `last_image` a PIL image,
             a list of P, or a (3, H, W) or (P, 3, H, W) tensor in [0, 1].
         reserved: arguments that the caller decides on.
@@ -74,14 +78,16 @@ def prepare(pipe: Any, seed: int | Sequence[int], inputs: dict[str, Any], reserv
             arguments[name], counts[name] = _as_tensor(pipe, [arguments[name]], arguments), 1
     for name, value in arguments.items():
         if name in counts and (name not in IMAGES or different_images):
-            arguments[name] = _spread(name, value, counts[name], prompts, len(seeds))
+            arguments[name] = _spread(name, value, counts[name], prompts, len(seeds[0]))
     if different_images and getattr(pipe, "image_encoder", None) is not None:
         raise InputError("a pipeline with an image_encoder repeats one image for all rows; run its images one by one")
-    rows = tuple(seeds) * prompts
+    if len(seeds) > 1 and len(seeds) != prompts:
+        raise InputError(f"seed= holds lists for {len(seeds)} prompts, and there are {prompts}; write one list for each")
+    rows = tuple(one for its in (seeds if len(seeds) > 1 else seeds * prompts) for one in its)
     arguments["generator"] = [torch.Generator("cpu").manual_seed(row) for row in rows]
     prompt = arguments.get("prompt")
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [""] * len(rows))
-    groups = tuple(index for index in range(prompts) for _ in seeds)
+    groups = tuple(index for index in range(prompts) for _ in seeds[0])
     return Call(arguments, rows, tuple(texts), different_images, groups)
 
 
@@ -140,11 +146,15 @@ def _check_names(pipe: Any, inputs: dict[str, Any], reserved: Sequence[str]) -> 
         raise InputError(f"{type(pipe).__name__} takes no {listed(unknown)}; it takes {listed(parameters)}")
 
 
-def _seeds(seed: int | Sequence[int]) -> list[int]:
-    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
-    if not seeds or not all(isinstance(one, int | np.integer) for one in seeds):
-        raise InputError(f"seed={seed!r} is no int and no list of ints")
-    return [int(one) for one in seeds]
+def _seeds(seed: Seeds) -> list[list[int]]:
+    """The seeds of every prompt in one list, or a list for each."""
+    given: list[Any] = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    nested = bool(given) and all(isinstance(one, list | tuple | range) for one in given)
+    lists: list[list[Any]] = [list(one) for one in given] if nested else [given]
+    whole = all(isinstance(one, int | np.integer) for its in lists for one in its)
+    if not whole or not lists[0] or len({len(its) for its in lists}) > 1:
+        raise InputError(f"seed={seed!r} is no int, no list of ints, and no list of ints for each prompt, of one length")
+    return [[int(one) for one in its] for its in lists]
 
 
 def _count(value: Any) -> int | None:

@@ -129,7 +129,7 @@ class Lens:
         with self._alone(progress=False):
             return self._extent(self._forecast(inputs))
 
-    def plain(self, seed: int | Sequence[int] = 0, progress: bool = False, **inputs: Any) -> Any:
+    def plain(self, seed: batching.Seeds = 0, progress: bool = False, **inputs: Any) -> Any:
         """The pipeline itself, with the same generators as `run` and nothing attached: what a run is compared with.
 
         A batch of different images is the one thing that the pipeline cannot do by itself; see
@@ -147,7 +147,7 @@ class Lens:
 
     def run(
         self,
-        seed: int | Sequence[int] = 0,
+        seed: batching.Seeds = 0,
         record: Selector | Record | Iterable[Selector | Record] = (),
         edits: Edit | ReplaceLatents | Iterable[Edit | ReplaceLatents] = (),
         decode: bool = True,
@@ -161,7 +161,8 @@ class Lens:
         """Run the pipeline, with its trajectory and what `record` selects.
 
         Args:
-            seed: one seed, or a list: every prompt is then run with each of them, prompt-major.
+            seed: one seed, or a list: every prompt is then run with each of them, prompt-major. Prompts of the same seed
+                start from the same noise; a list of lists gives each prompt seeds of its own.
             record: selectors, or records with reducers and sinks; see `dit_lens.at` and `dit_lens.Record`.
             edits: changes to make on the way, in the order in which they act; see `dit_lens.edits`. What is recorded is
                 what they left.

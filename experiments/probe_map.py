@@ -53,11 +53,13 @@ def half(activation: Tensor, cell: dl.Cell) -> Tensor:
     return activation.half()
 
 
-def observe(context: Context, samples: Sequence[Any], seed: int) -> Part:
+def observe(context: Context, samples: Sequence[Any], first: int) -> Part:
     """One pipeline call: a row per room, and for every step the rooms' activations as (rooms, blocks, channels)."""
+    # A seed for every maze: what mazes share must not be on both sides of a split, and noise can be read from the stream.
+    seeds = [[first + place] for place in range(len(samples))]
     inputs, branch = context.inputs(samples), context.settings.branch
     record = dl.Record(dl.at(step=context.steps(inputs), branch=branch, frames=-1), reduce=half)
-    run = context.lens.run(**inputs, seed=seed, record=record)
+    run = context.lens.run(**inputs, seed=seeds, record=record)
     inside = np.stack([sample.puzzle.room_tokens for sample in samples])
     if (run.layout.height, run.layout.width) != inside.shape[1:]:
         raise InputError(
@@ -115,7 +117,6 @@ def run(context: Context) -> pd.DataFrame:
     runs, probes, observed = {}, {}, {}
     for task in ASKED:
         mazes = [reasoner.task(task).sample("test", i) for i in range(settings.mazes)]
-        # A seed per pipeline call: with one for all, every maze would start from the same noise.
         for first in range(0, len(mazes), settings.batch):
             runs[f"{task}_{first:03d}"] = partial(observe, context, mazes[first : first + settings.batch], first)
         for clock in context.clock(context.inputs(mazes[:1])):

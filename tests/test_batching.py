@@ -135,9 +135,27 @@ def test_lists_of_negative_prompts_and_embeddings(text_pipe: Any) -> None:
         ({"num_videos_per_prompt": 2}, "use a list of seeds"),
         ({"output_type": "np"}, "use decode="),
         ({"return_dict": False}, "return_dict= is not for you to give"),
-        ({"seed": []}, r"seed=\[\] is no int and no list of ints"),
+        ({"seed": []}, r"seed=\[\] is no int, no list of ints"),
     ],
 )
 def test_what_does_not_fit_is_said(image_pipe: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(dl.InputError, match=message):
         dl.wrap(image_pipe, engine="hooks").run(**arguments(image_pipe, **changes))
+
+
+def test_each_prompt_can_have_seeds_of_its_own(text_pipe: Any) -> None:
+    lens = dl.wrap(text_pipe, engine="hooks")
+    inputs = arguments(text_pipe, prompt=["walk the maze", "draw red"])
+    together = lens.run(**inputs, seed=[[3, 5], [5, 8]], decode=False)
+    assert together.seeds == (3, 5, 5, 8)
+    same = lens.run(**inputs, seed=[3, 5, 8], decode=False)
+    for row, other in enumerate([0, 1, 4, 5]):
+        assert torch.equal(together.latents[0, row], same.latents[0, other])
+    for wrong, message in (
+        ([[1], [2], [3]], "lists for 3 prompts, and there are 2"),
+        ([[1], [2, 3]], "of one length"),
+        ([[1], 2], "no list of ints"),
+        ([[], []], "no list of ints"),
+    ):
+        with pytest.raises(dl.InputError, match=message):
+            lens.run(**inputs, seed=wrong)  # pyright: ignore[reportArgumentType]
