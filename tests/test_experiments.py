@@ -44,7 +44,8 @@ class Planted:
 
     def run(self, samples: list[Any], seed: Any, record: Any = None, decode: bool = True) -> Any:
         seeds = [seed] if isinstance(seed, int) else seed
-        rows = [(sample, s) for sample in samples for s in seeds]
+        lists = seeds if isinstance(seeds[0], list) else [seeds] * len(samples)
+        rows = [(sample, s) for sample, its in zip(samples, lists, strict=True) for s in its]
         clips = [torch.stack([torch.from_numpy(self.videos(x, s, step)).float() for x, s in rows]) for step in range(3)]
         entries = []
         for step, block in np.ndindex(3, self.blocks) if self.stream else ():
