@@ -57,6 +57,7 @@ dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
 probes.targets probes.controls
+probes.maps
 probes.rooms
 probes
 dit_lens.experiment
