@@ -104,9 +104,8 @@ def macro_auc_interval(
     if not there:
         return Interval(np.nan, np.nan, np.nan, len(names), len(scores))
     won = [_pairs_won(scores[:, place], truth[:, place], member, len(names)) for place in there]
-    estimate = float(
-        np.mean([pairs.sum() / (truth[:, p].sum() * (~truth[:, p]).sum()) for p, pairs in zip(there, won, strict=True)])
-    )
+    possible = truth[:, there].sum(axis=0) * (~truth[:, there]).sum(axis=0)
+    estimate = float(np.mean([pairs.sum() for pairs in won] / possible))
     if len(names) == 1:
         return Interval(estimate, np.nan, np.nan, 1, len(scores))
     counts = _resampled_counts(len(names), resamples, seed)

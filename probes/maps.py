@@ -12,7 +12,6 @@ An untrained model is observed into a store of its own, and its table joined.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +64,7 @@ def observe(
     missing = [sample for sample in samples if sample.index not in done]
     for first in tqdm(range(0, len(missing), batch), desc=f"observing {name}", unit="call", disable=not progress):
         group = missing[first : first + batch]
-        labels = {"task": name, "sample": [s.index for s in group], "group": [_group(s) for s in group]}
+        labels = {"task": name, "sample": [s.index for s in group], "group": [s.group for s in group]}
         with store.writing(lens.hash, **labels) as part:
             inputs = {**dl.reasoner.inputs(group), **arguments}
             run = lens.run(**inputs, seed=[[s.index] for s in group], record=part.streamed(dl.Record(record, reduce=half)))
@@ -137,7 +136,7 @@ def _read(
 ) -> pd.DataFrame:
     """All of these targets from these features of all tokens."""
     tokens = len(features) // len(samples)
-    groups = np.repeat([_group(sample) for sample in samples], tokens)
+    groups = np.repeat([sample.group for sample in samples], tokens)
     _, test = split_groups(groups, test_share, seed)
     numbers, places = np.repeat([sample.index for sample in samples], tokens), np.tile(np.arange(tokens), len(samples))
     table = read_with_controls(features, questions(asked, samples, drawn), groups, test, numbers, places, seed)
@@ -177,11 +176,6 @@ def _drawn(store: dl.Store, rows: pd.DataFrame, samples: dict[int, Any]) -> dict
                 latents = rearrange(run.latents[-1][row, :, -1].numpy(), "c (y py) (x px) -> c y x (py px)", py=2, px=2)
                 found[index] = Drawn(board.read(video[0, -1]), which, latents.mean(-1))
     return found
-
-
-def _group(sample: Any) -> str:
-    """The puzzle up to symmetry: samples of one group are never on both sides of a split."""
-    return hashlib.sha256(sample.task.canonical(sample.puzzle)).hexdigest()[:16]
 
 
 def _task(samples: Sequence[Any]) -> Any:

@@ -23,8 +23,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.pairs import Pair
 from dit_lens.plants.build import KINDS, planted
-from dit_lens.plants.model import Pair, Planted, Sample
+from dit_lens.plants.model import Planted, Sample
 from dit_lens.plants.readings import verdict
 from dit_lens.plants.table import TABLE, TOOLS, Entry, Truth
 

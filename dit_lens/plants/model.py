@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_lens.lens import Lens, wrap
+from dit_lens.pairs import Pair
 from dit_lens.plants import mechanisms, parts
 from dit_lens.plants.stream import HEADS
 from dit_lens.plants.table import TABLE, Place, Truth
@@ -38,14 +39,6 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """Two samples with the same noise that differ in nothing but what decides the answer, and so in the answer."""
-
-    clean: Sample
-    donor: Sample
-
-
-@dataclass(frozen=True, eq=False)
 class Planted:
     """A pipeline with a known mechanism.
 
@@ -65,7 +58,9 @@ class Planted:
         return wrap(self.pipe, engine)
 
     def pairs(self, count: int, seed: int = 0) -> list[Pair]:
-        """Pairs of samples; clean answers alternate between +1 and -1, so that a pool of an even number is balanced.
+        """Pairs of samples with the same noise, which differ in what decides the answer and in nothing else.
+
+        Clean answers alternate between +1 and -1, so that a pool of an even number is balanced.
 
         Args:
             count: how many. seed: draws the words and the texture that mean nothing, and the noise.

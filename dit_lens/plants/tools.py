@@ -36,8 +36,8 @@ from dit_lens.errors import InputError, listed
 from dit_lens.knockout import KnockoutAttention
 from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.lens import Lens
-from dit_lens.pairs import PairRuns
-from dit_lens.plants.model import GUIDANCE, Pair, Planted, schedule
+from dit_lens.pairs import Pair, PairRuns
+from dit_lens.plants.model import GUIDANCE, Planted, schedule
 from dit_lens.plants.readings import DRAWS
 from dit_lens.plants.table import TOOLS, Place
 from dit_lens.record import Record

@@ -62,6 +62,11 @@ class Sample:
     answers: tuple[Answer, ...] = field(repr=False, default=())
 
     @cached_property
+    def group(self) -> str:
+        """A name of the puzzle up to symmetry: samples of one group are never on both sides of a split."""
+        return hashlib.sha256(self.task.canonical(self.puzzle)).hexdigest()[:16]
+
+    @cached_property
     def boards(self) -> UInt8[np.ndarray, "frames 16 16"]:
         """The true video as palette indices."""
         return self.task.draw(self.puzzle, self.answers[self.shown], self.frames)
