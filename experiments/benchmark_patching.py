@@ -42,6 +42,8 @@ class Settings:
     """All when left out."""
     steps: tuple[int, ...] = ()
     kinds: tuple[Kind, ...] = ("velocity", "x0_hat", "video")
+    attribution: bool = True
+    """Whether to measure attribution too."""
     attribution_steps: tuple[int, ...] = (0, 2, 5, 10, 15)
     checked: int = 70
     """Cells that attribution is compared at."""
@@ -165,20 +167,27 @@ def main() -> None:
     for kind in settings.kinds:
         compared(lens, kind, pairs, small)
     path = settings.out / f"{settings.machine}.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    found: dict[str, Any] = {"attribution": attributed(lens, pairs, settings)}
-    for kind in settings.kinds:
-        found[kind] = compared(lens, kind, pairs, settings)
-        print(kind, json.dumps(found[kind], indent=1), flush=True)
-    results["patching"] = {
-        "settings": {k: v for k, v in asdict(settings).items() if k != "out"},
+    facts = {
         "model": provenance.model_facts(lens)["hash"],
         "versions": provenance.versions(),
         "device": provenance.device_facts(lens),
-        **found,
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("out", "kinds", "attribution")},
     }
-    settings.out.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(results, indent=1, default=str) + "\n")
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "attribution": lambda: attributed(lens, pairs, settings),
+        **{kind: lambda kind=kind: compared(lens, kind, pairs, settings) for kind in settings.kinds},
+    }
+    for name in parts if settings.attribution else settings.kinds:
+        found = parts[name]()
+        print(name, json.dumps(found, indent=1), flush=True)
+        # What was measured before stays, where it is of the same model, machine and settings.
+        results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        before = results.get("patching", {})
+        written = json.loads(json.dumps(facts, default=str))
+        same = all(before.get(key) == value for key, value in written.items())
+        results["patching"] = {**(before if same else written), name: found}
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(results, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
