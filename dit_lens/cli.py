@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dit_lens import files
+from dit_lens.claims import as_table
 from dit_lens.errors import InputError, listed
 from dit_lens.experiment import Experiment, experiments, run_experiment
 from dit_lens.report import duration, write_report
@@ -176,6 +178,7 @@ def _run(chosen: list[tuple[Experiment, Any]], options: ReproduceOptions | RunOp
     files.check_writable(options.out)
     lens = options.load()
     command = shlex.join(["dit-lens", *given])
+    verdicts: list[dict[str, Any]] = []
     for experiment, settings in chosen:
         manifest = run_experiment(
             experiment,
@@ -189,6 +192,19 @@ def _run(chosen: list[tuple[Experiment, Any]], options: ReproduceOptions | RunOp
         # After each, so that what is finished can be looked at while the rest goes on.
         page = write_report(options.out)
         print(f"{experiment.name}: {duration(manifest['wall_seconds'])}, see {page}")
+        verdicts += manifest["claims"]
+    if verdicts:
+        print(f"\n{verdict_table(verdicts)}")
+
+
+def verdict_table(verdicts: Sequence[dict[str, Any]]) -> str:
+    """Claims and their verdicts as lines of text."""
+    table = as_table(verdicts)
+    table["statement"] = [textwrap.shorten(statement, 90, placeholder=" ...") for statement in table["statement"]]
+    names = ["claim", "verdict", "committed full run", "statement"]
+    width = {name: max(len(name), *table[name].str.len()) for name in names}
+    rows = [names, *table[names].to_numpy().tolist()]
+    return "\n".join("  ".join(f"{cell:<{width[name]}}" for name, cell in zip(names, row, strict=True)).rstrip() for row in rows)
 
 
 def _model_options(given: list[str], command: str) -> ModelOptions:

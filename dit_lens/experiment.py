@@ -30,9 +30,14 @@ from safetensors.numpy import load_file, save
 from tqdm.auto import tqdm
 
 from dit_lens import files, provenance, reasoner
+from dit_lens.claims import Claim, committed, judged
+from dit_lens.clean import CleanRuns
 from dit_lens.errors import InputError
+from dit_lens.run import Run
 
 ENTRY_POINTS = "dit_lens.experiments"
+CLEAN = "clean-runs"
+"""The folder of the runs that all experiments share, beside theirs."""
 DPI, SHOWN_DPI = 130, 84
 """Dots per inch of a figure's file, and how many of the page's pixels an inch of it takes."""
 CLOCK_COLUMNS = ["step", "sigma", "timestep", "expert"]
@@ -41,7 +46,7 @@ CLOCK_COLUMNS = ["step", "sigma", "timestep", "expert"]
 @dataclass(frozen=True)
 class Experiment:
     """A protocol. ``presets`` maps a name to an instance of one frozen dataclass of settings; ``run`` takes a `Context` and
-    returns the results, one row per measurement."""
+    returns the results, one row per measurement; ``claims`` are judged by these."""
 
     name: str
     title: str
@@ -49,6 +54,7 @@ class Experiment:
     question: str
     presets: Mapping[str, Any]
     run: Callable[["Context"], pd.DataFrame]
+    claims: Sequence[Claim] = ()
 
     def preset(self, name: str) -> Any:
         """The settings of a preset. InputError where there is none of that name."""
@@ -92,6 +98,10 @@ class Context:
     def inputs(self, samples: Sequence[Any]) -> dict[str, Any]:
         """The pipeline's arguments for these samples, with what was overridden for this model."""
         return {**reasoner.inputs(samples), **self.arguments}
+
+    def clean(self, samples: Sequence[Any], seeds: Sequence[int] = (0,), batch: int | None = None) -> Run:
+        """Unedited runs of these samples and seeds, prompt-major; all experiments of a folder share them."""
+        return CleanRuns(self.lens, self.folder.parent / CLEAN, self.arguments).runs(samples, seeds, batch)
 
     def steps(self, inputs: Mapping[str, Any]) -> list[int]:
         """The steps of a pipeline call at the ``places`` of the settings, 0 the first and 1 the last.
@@ -222,6 +232,7 @@ def run_experiment(
         tqdm.write(f"{experiment.name}: finished before with the same fingerprint {fingerprint}", file=sys.stderr)
     context = Context(lens, settings, folder, experiment.name, fingerprint, arguments or {})
     results = experiment.run(context)
+    verdicts = verdicts_of(experiment, results)
     manifest = {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -243,8 +254,11 @@ def run_experiment(
         "wall_seconds": round(time.perf_counter() - clock, 1),
         # Of a finished run whose discarded parts are gone, the manifest still knows the time.
         "compute_seconds": max(round(context.seconds, 1), spent or 0),
+        "claims": verdicts,
         **context.shown,
     }
+    if verdicts:
+        context.files["claims.json"] = (json.dumps(verdicts, indent=1) + "\n").encode()
     context.files["results.parquet"] = _parquet(results)
     for stale in _listed(before) - set(context.files):
         (folder / stale).unlink(missing_ok=True)
@@ -253,6 +267,15 @@ def run_experiment(
     written = json.dumps(manifest, indent=1, default=str)
     files.write_text(folder / "manifest.json", written + "\n")
     return json.loads(written)
+
+
+def verdicts_of(experiment: Experiment, results: pd.DataFrame) -> list[dict[str, Any]]:
+    """What becomes of an experiment's claims, as `claims.json` holds it: beside each the verdict of the committed full run."""
+    before = committed(Path(inspect.getfile(inspect.unwrap(experiment.run))).parent) if experiment.claims else {}
+    found = [asdict(judged(claim, results)) for claim in experiment.claims]
+    # A number that is not defined is null in JSON.
+    whole = json.loads(json.dumps(found), parse_constant=lambda _: None)
+    return [{**one, "committed": before.get(one["claim"])} for one in whole]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dit_lens import files
+from dit_lens.claims import FAMILY, as_table
 from dit_lens.errors import InputError
 from dit_lens.experiment import read_manifest
 
@@ -40,7 +41,11 @@ def write_report(out: Path) -> Path:
     environment.filters.update(duration=duration, cell=cell)
     sections.sort(key=lambda section: section["source"])
     page = environment.get_template("report.html.jinja").render(
-        sections=sections, header=_header(sections), made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        sections=sections,
+        header=_header(sections),
+        verdicts=_verdicts(sections),
+        family=FAMILY,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     files.write_text(out / NAME, page)
     return out / NAME
@@ -76,6 +81,15 @@ def _section(folder: Path) -> dict[str, Any] | None:
         return manifest
     except (OSError, json.JSONDecodeError, KeyError) as problem:
         raise InputError(f"{folder} is not a whole result ({problem!r}): run its experiment again") from problem
+
+
+def _verdicts(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for every claim that the experiments tested, with the experiment that did."""
+    rows = []
+    for section in sections:
+        table = as_table(section.get("claims", [])).to_dict("records")
+        rows += [{**row, "experiment": section["experiment"]} for row in table]
+    return rows
 
 
 def _header(sections: list[dict[str, Any]]) -> list[tuple[str, str]]:

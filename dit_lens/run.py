@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -132,6 +133,54 @@ class Run:
             InputError: nothing, or more than one activation, was recorded there.
         """
         return self.activations.one(record, block=block, step=step, branch=branch, site=site, expert=expert, stream=stream)
+
+    def rows(self, places: Sequence[int]) -> Run:
+        """The run of some rows of the batch, in the order given; its trajectory and video, without activations and calls.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        outside = [place for place in places if not 0 <= place < self.batch]
+        if outside or not places:
+            raise InputError(f"rows {listed(outside) or 'none'}: this run has {self.batch}, write some of 0 to {self.batch - 1}")
+        chosen = list(places)
+        return replace(
+            self,
+            seeds=tuple(self.seeds[place] for place in chosen),
+            prompts=tuple(self.prompts[place] for place in chosen),
+            latents=self.latents[:, chosen],
+            outputs={branch: output[:, chosen] for branch, output in self.outputs.items()},
+            video=None if self.video is None else self.video[chosen],
+            activations=Activations(),
+            calls={},
+        )
+
+    @staticmethod
+    def joined(runs: Sequence[Run]) -> Run:
+        """Runs of one schedule and layout as one, row after row; without activations and calls.
+
+        Raises:
+            InputError: there are none, or they differ in schedule, layout, branches or edits.
+        """
+        if not runs:
+            raise InputError("there are no runs to join")
+        first = runs[0]
+        same = ("layout", "scheduler", "timesteps", "experts", "branches", "weights", "fired", "text_tokens")
+        for other in runs[1:]:
+            differing = [name for name in same if getattr(other, name) != getattr(first, name)]
+            if differing:
+                raise InputError(f"runs that differ in {listed(differing)} cannot be joined; join those of one schedule and size")
+        videos = [run.video for run in runs if run.video is not None]
+        return replace(
+            first,
+            seeds=tuple(seed for run in runs for seed in run.seeds),
+            prompts=tuple(prompt for run in runs for prompt in run.prompts),
+            latents=torch.cat([run.latents for run in runs], dim=1),
+            outputs={branch: torch.cat([run.outputs[branch] for run in runs], dim=1) for branch in first.outputs},
+            video=torch.cat(videos) if len(videos) == len(runs) else None,
+            activations=Activations(),
+            calls={},
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the run as `run.safetensors` and `run.json`; a run that is there already is replaced.

@@ -60,6 +60,7 @@ probes.targets probes.controls
 probes.maps
 probes.rooms
 probes
+dit_lens.claims dit_lens.clean
 dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
