@@ -19,6 +19,7 @@ dit_lens.reasoner.tasks.bounce dit_lens.reasoner.tasks.circle dit_lens.reasoner.
     dit_lens.reasoner.tasks.pattern dit_lens.reasoner.tasks.permanence dit_lens.reasoner.tasks.tictactoe
 dit_lens.reasoner.tasks
 dit_lens.reasoner.data dit_lens.reasoner.folders dit_lens.reasoner.team dit_lens.reasoner.vbvr
+dit_lens.reasoner.cases
 dit_lens.reasoner.models
 dit_lens.reasoner.train_dit dit_lens.reasoner.train_vae
 dit_lens.reasoner dit_lens.reasoner.train

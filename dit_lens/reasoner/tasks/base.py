@@ -103,6 +103,8 @@ class Task(ABC):
     name: ClassVar[str]
     wordings: ClassVar[tuple[str, ...]]
     """Prompts with {placeholders} that `words` fills."""
+    held: int | None = None
+    """How many samples there are, None where there is no last one."""
 
     @abstractmethod
     def generate(self, random: np.random.Generator) -> Any:
