@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,15 @@ class Context:
 
     def clean(self, samples: Sequence[Any], seeds: Sequence[int] = (0,), batch: int | None = None) -> Run:
         """Unedited runs of these samples and seeds, prompt-major; all experiments of a folder share them."""
-        return CleanRuns(self.lens, self.folder.parent / CLEAN, self.arguments).runs(samples, seeds, batch)
+        return self._clean_runs.runs(samples, seeds, batch)
+
+    def observed(self, samples: Sequence[Any], record: Any, seeds: Sequence[int] = (0,), lens: Any = None) -> Run:
+        """The clean runs with records, made of the recorded calls only; see `CleanRuns.observed`."""
+        return self._clean_runs.observed(samples, record, seeds, lens)
+
+    @cached_property
+    def _clean_runs(self) -> CleanRuns:
+        return CleanRuns(self.lens, self.folder.parent / CLEAN, self.arguments)
 
     def steps(self, inputs: Mapping[str, Any]) -> list[int]:
         """The steps of a pipeline call at the ``places`` of the settings, 0 the first and 1 the last.
