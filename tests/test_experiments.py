@@ -13,14 +13,13 @@ import torch
 from conftest import tiny_pipeline
 
 import dit_lens as dl
-from dit_lens import reasoner
 from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context, run_experiment
 from dit_lens.reasoner import board
 from dit_lens.report import write_report
-from experiments import probe_map, step_lens, token_energy
+from experiments import probe_map, step_lens
 
 SIGMAS = (1.0, 0.8, 0.4)
 FORECAST = SimpleNamespace(sigmas=SIGMAS, timesteps=(1000.0, 800.0, 400.0), experts=("transformer",) * 3)
@@ -110,29 +109,6 @@ def test_step_lens_needs_something_to_compare(tmp_path: Path) -> None:
             step_lens.run(context(None, replace(step_lens.Settings(), **change), tmp_path))
 
 
-def planted_energy(sample: Any, cell: dl.Cell) -> np.ndarray:
-    """Equal energy after block 0; three times as much on tokens that are all wall after block 1."""
-    walls = board.tokens(sample.masks["wall"])
-    return np.broadcast_to(1 + 2.0 * cell.block * walls, (5, 8, 8)).astype(np.float32)
-
-
-def test_token_energy_finds_a_planted_preference(tmp_path: Path) -> None:
-    lens = Planted(lambda sample, seed, step: sample.video(), planted_energy)
-    settings = token_energy.Settings(tasks=("maze",), samples=4, places=(0, 0.5, 1))
-    samples = [reasoner.task("maze").sample("test", i) for i in range(4)]
-    part = token_energy.measure(context(lens, settings, tmp_path), lens, token_energy.TRAINED, samples)
-    means = part.table.groupby(["model", "block", "region"])["preference"].mean().unstack("region")
-    trained: Any = means.loc[token_energy.TRAINED]
-    shuffled: Any = means.loc[token_energy.SHUFFLED]
-    assert trained.loc[0].to_numpy() == pytest.approx(1, abs=1e-5)
-    assert trained.loc[1, "wall"] > 1.2
-    assert trained.loc[1, "background"] < 0.9
-    assert shuffled.loc[1, "wall"] == pytest.approx(1, abs=0.1)
-    assert part.arrays["energy"].shape == (2, 5, 8, 8)
-    shares = part.table.groupby(["model", "sample", "step", "block"])["share"].sum()
-    assert shares.to_numpy() == pytest.approx(1, abs=1e-5)  # the regions tile the board
-
-
 def planted_stream(sample: Any, cell: dl.Cell) -> np.ndarray:
     """Noise, with the walls in one channel everywhere and the route that the video shows in another after block 1."""
     random = np.random.default_rng([sample.index, cell.block, cell.step])
@@ -183,7 +159,6 @@ def test_probe_map_refuses_another_layout(tmp_path: Path) -> None:
     ("module", "settings"),
     [
         (step_lens, step_lens.Settings(tasks=("tictactoe",), samples=2, seeds=2, batch=4, places=(0, 1))),
-        (token_energy, token_energy.Settings(tasks=("maze",), samples=2, places=(0, 1))),
         (probe_map, probe_map.Settings(mazes=4, places=(0, 1))),
     ],
 )
@@ -196,7 +171,7 @@ def test_runs_end_to_end_on_a_tiny_pipeline(module: Any, settings: Any, tmp_path
     assert module.EXPERIMENT.title in write_report(tmp_path).read_text()
 
 
-@pytest.mark.parametrize("module", [step_lens, token_energy, probe_map])
+@pytest.mark.parametrize("module", [step_lens, probe_map])
 def test_presets_are_settings_of_one_kind(module: Any) -> None:
     presets = module.EXPERIMENT.presets
     assert set(presets) == {"quick", "full"}
