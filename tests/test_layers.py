@@ -66,9 +66,10 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures experiments.energy
+experiments.figures experiments.energy experiments.paper
 experiments.energy_figures
 experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
+    experiments.page
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
