@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_lens.errors import InputError
-from dit_lens.reasoner.cases import FolderTask
 from dit_lens.reasoner.folders import folder
 from dit_lens.reasoner.settings import CALL
 from dit_lens.reasoner.tasks import TASKS, Sample, Score, Split, Task, tasks
@@ -24,7 +23,12 @@ def task(name: str) -> Task:
     Raises:
         InputError: there is neither, or the folder is not in that layout.
     """
-    return FolderTask(name) if name not in TASKS and Path(name).is_dir() else bundled(name)
+    if name in TASKS or not Path(name).is_dir():
+        return bundled(name)
+    # Only who reads videos needs what decodes them.
+    from dit_lens.reasoner.cases import FolderTask
+
+    return FolderTask(name)
 
 
 def inputs(samples: Sequence[Sample]) -> dict[str, Any]:
