@@ -45,7 +45,7 @@ dit_lens.plants.parts dit_lens.plants.table
 dit_lens.plants.stream dit_lens.plants.readings
 dit_lens.plants.mechanisms
 dit_lens.plants.model
-dit_lens.plants.build
+dit_lens.plants.build dit_lens.plants.features
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots dit_lens.bench probes.linear probes.ridge
 dit_lens.sweeping
