@@ -57,8 +57,8 @@ dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
 probes.targets probes.controls
-probes.maps
-probes.rooms
+probes.maps probes.levers
+probes.rooms probes.causes
 probes
 dit_lens.experiment
 dit_lens.report dit_lens.checks
