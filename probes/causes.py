@@ -8,7 +8,8 @@
 That a probe reads a label does not say that the model does. If it does, two things follow: without the label's direction
 the video changes, and with more of it the video changes the other way. Both are measured, against a random direction of the same
 length and against what labels of other samples lead to. And a label that was erased may come back, written afresh by a later
-block, so a probe is trained anew at every later block: where it reads the label as before, the erasing says little.
+block, so a probe is trained anew at every later block: where it reads the label as before, the erasing says little. The first of
+these readings, at the edited cell, says how well the erasing went: an eraser that was fitted to few samples leaves some.
 
 Every sample has noise of its own, so that probes can be trained on what ran; intervals are over groups of samples.
 """
@@ -101,6 +102,8 @@ def effects(
     progress: bool = True,
 ) -> Effects:
     """Erase and add every lever at a cell, and measure outcomes and later readings.
+
+    All tokens that `at` selects are edited, also those of which the target asks nothing.
 
     Args:
         samples: other ones than those that the levers were found with. Each has noise of its own.

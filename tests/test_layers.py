@@ -58,7 +58,7 @@ dit_lens.plants.__main__
 dit_lens
 probes.targets probes.controls
 probes.maps probes.levers
-probes.rooms probes.causes probes.transfer
+probes.rooms probes.causes probes.transfer probes.decided
 probes
 dit_lens.experiment
 dit_lens.report dit_lens.checks
