@@ -13,7 +13,7 @@ import torch
 import dit_lens as dl
 from dit_lens.plants import FEATURES, FeatureTruth, PlantedFeature, planted_feature
 from dit_lens.plants.features import READABLE, finding, reading_rows
-from probes.controls import read_with_controls
+from probes.controls import control_task, read_with_controls
 from probes.linear import fit_and_score, split_groups
 from probes.ridge import Question, read_all
 
@@ -42,15 +42,17 @@ def read(kind: str, seed: int) -> pd.DataFrame:
         features = run.activation(block=block, **HERE).flatten(0, 3).numpy()
         question = Question("feature", "binary", rows["labels"])
         row = read_with_controls(features, [question], groups, test, rows["samples"], rows["places"]).iloc[0].to_dict()
-        # What a linear probe reads a network reads too, and training one takes longest.
-        read_already = row["estimate"] >= READABLE
-        network = row["estimate"] if read_already else fit_and_score(features, rows["labels"], groups, probe="nonlinear").estimate
-        found.append(row | {"block": block, "expected": model.truth.expected(block), "nonlinear": network})
+        network = {"nonlinear": row["estimate"], "nonlinear_selectivity": row["selectivity"]}
+        if row["estimate"] < READABLE:  # what a linear probe reads a network reads too, and training one takes longest
+            area = fit_and_score(features, rows["labels"], groups, probe="nonlinear").estimate
+            network = {"nonlinear": area, "nonlinear_selectivity": 0.0}
+            if area >= READABLE:
+                control = control_task(question, rows["places"]).values > 0
+                network["nonlinear_selectivity"] -= fit_and_score(features, control, groups, probe="nonlinear").estimate - area
+        found.append(row | network | {"block": block, "expected": model.truth.expected(block)})
     table = pd.DataFrame(found)
-    table["found"] = [
-        finding(*scores) for scores in zip(table["estimate"], table["selectivity"], table["nonlinear"], strict=True)
-    ]
-    return table
+    scores = [table[name] for name in ("estimate", "selectivity", "nonlinear", "nonlinear_selectivity")]
+    return table.assign(found=[finding(*values) for values in zip(*scores, strict=True)])
 
 
 @pytest.mark.parametrize("kind", ["written", "erased", "nonlinear", "absent"])
@@ -177,7 +179,7 @@ def test_a_place_that_is_not_there_is_an_error(arguments: dict, message: str) ->
 
 
 def test_findings_need_selectivity() -> None:
-    assert finding(0.95, 0.4, 1.0) == "linear"
-    assert finding(0.95, 0.05, 0.6) == "absent", "memory of places"
-    assert finding(0.5, 0.0, 0.9) == "nonlinear"
-    assert finding(0.7, 0.2, 0.7) == "absent"
+    assert finding(0.95, 0.4, 1.0, 0.5) == "linear"
+    assert finding(0.95, 0.05, 0.95, 0.05) == "absent", "memory of places"
+    assert finding(0.5, 0.0, 0.9, 0.4) == "nonlinear"
+    assert finding(0.7, 0.2, 0.7, 0.2) == "absent"

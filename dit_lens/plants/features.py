@@ -65,15 +65,16 @@ Finding = Literal["linear", "nonlinear", "absent"]
 USES = ("silent", "reads", "ignores")
 
 
-def finding(linear: float, selectivity: float, nonlinear: float) -> Finding:
+def finding(linear: float, selectivity: float, nonlinear: float, nonlinear_selectivity: float) -> Finding:
     """What probes say by their held-out areas under the ROC curve, with limits that are fixed here for all models.
 
     Args:
-        linear: of a linear probe. selectivity: that less its control task's. nonlinear: of a small network.
+        linear, nonlinear: of a linear probe and of a small network. selectivity, nonlinear_selectivity: that less the area of
+            the same probe's control task.
     """
     if linear >= READABLE and selectivity >= SELECTIVE:
         return "linear"
-    return "nonlinear" if nonlinear >= READABLE else "absent"
+    return "nonlinear" if nonlinear >= READABLE and nonlinear_selectivity >= SELECTIVE else "absent"
 
 
 @dataclass(frozen=True)
