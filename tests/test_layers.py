@@ -46,7 +46,7 @@ dit_lens.plants.parts dit_lens.plants.table
 dit_lens.plants.stream dit_lens.plants.readings
 dit_lens.plants.mechanisms
 dit_lens.plants.model
-dit_lens.plants.build
+dit_lens.plants.build dit_lens.plants.features
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots dit_lens.bench probes.linear probes.ridge
 dit_lens.sweeping
@@ -58,8 +58,8 @@ dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
 probes.targets probes.controls
-probes.maps
-probes.rooms
+probes.maps probes.levers
+probes.rooms probes.causes probes.transfer probes.decided
 probes
 dit_lens.claims dit_lens.clean
 dit_lens.experiment
