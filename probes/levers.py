@@ -121,10 +121,10 @@ def levers(features: Float[np.ndarray, "rows channels"], tokens: Tokens, draws: 
         )
     ridge = along(reading.weights[0], features, labels)
     found["ridge"] = Lever("ridge", projection(ridge, mean), ridge, reading.score)
-    found["leace"] = Lever("leace", whole(dl.Eraser.fit(features, labels)))
+    found["leace"] = Lever("leace", dl.Eraser.fit(features, labels))
     others = shuffled(question, tokens.samples, tokens.places, seed).values[asked] > 0
     mixed = replace(dl.difference_of_means(features, others), scale=means.scale)
-    found[SHUFFLED] = Lever(SHUFFLED, whole(dl.Eraser.fit(features, others)), mixed)
+    found[SHUFFLED] = Lever(SHUFFLED, dl.Eraser.fit(features, others), mixed)
     for number, drawn in enumerate(dl.random_directions(means, draws, seed)):
         name = f"{RANDOM} {number}"
         found[name] = Lever(name, projection(drawn, mean), drawn)
