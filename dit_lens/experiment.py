@@ -13,6 +13,7 @@ a manifest is a finished experiment.
 import inspect
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,9 +138,16 @@ class Context:
         return {key: self._stored(self._path(stage, key)) for key in jobs}
 
     def discard(self, stage: str) -> None:
-        """Removes the parts of a stage whose bulk is no longer needed (activations, once they are probed)."""
+        """Removes the parts of a stage whose bulk is no longer needed (activations, once they are probed), and its folders."""
         for path in self.parts.glob(f"{stage}--*"):
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def place(self, stage: str, key: str) -> Path:
+        """A folder of a stage for what is no part (a store of activations); it is there until `discard`."""
+        return self.parts / f"{stage}--{key}"
 
     def figure(self, name: str, figure: Figure, title: str, caption: str, wide: bool = True) -> None:
         """A figure for the folder and the report. ``caption`` says what is shown, N and the interval; one that is not

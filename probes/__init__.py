@@ -5,6 +5,6 @@ probe reads almost anything. So every probe here is linear, is scored on puzzles
 baselines that see no activation and a control task that has nothing to do with the puzzle.
 """
 
-from probes.linear import ProbeScore, control_labels, fit_and_score, split_groups
+from probes.linear import ProbeScore, fit_and_score, split_groups
 
-__all__ = ["ProbeScore", "control_labels", "fit_and_score", "split_groups"]
+__all__ = ["ProbeScore", "fit_and_score", "split_groups"]

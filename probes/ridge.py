@@ -105,8 +105,10 @@ def read_all(
         raise InputError(f"{len(both)} groups are in training and in testing, the first is {both[0]}: split by group")
     count = len(np.unique(groups[~test]))
     if count < folds:
-        raise InputError(f"the search for a penalty takes {folds} folds of whole groups, and {count} groups are for training:"
-                         " observe more samples, or write fewer folds")
+        raise InputError(
+            f"the search for a penalty takes {folds} folds of whole groups, and {count} groups are for training:"
+            " observe more samples, or write fewer folds"
+        )
     features = np.asarray(features, dtype=np.float64)
     # Questions of the same rows share all that depends on features.
     shared: dict[bytes, list[Question]] = {}

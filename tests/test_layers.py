@@ -56,9 +56,10 @@ dit_lens.plants.measured
 dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
-probes.targets probes.controls
+probes.targets probes.controls probes.baselines probes.closer
+probes.cells
+probes.observed
 probes.maps
-probes.rooms
 probes
 dit_lens.experiment
 dit_lens.report dit_lens.checks
