@@ -94,16 +94,17 @@ class Context:
         """The pipeline's arguments for these samples, with what was overridden for this model."""
         return {**reasoner.inputs(samples), **self.arguments}
 
-    def steps(self, inputs: Mapping[str, Any]) -> list[int]:
-        """The steps of a pipeline call at the ``places`` of the settings, 0 the first and 1 the last.
+    def steps(self, inputs: Mapping[str, Any], places: Sequence[float] | None = None) -> list[int]:
+        """The steps of a pipeline call at the ``places`` of the settings, or at others; 0 is the first and 1 the last.
 
         Places, and not steps, so that one preset serves any schedule.
         """
-        outside = [place for place in self.settings.places if not 0 <= place <= 1]
+        places = list(self.settings.places if places is None else places)
+        outside = [place for place in places if not 0 <= place <= 1]
         if outside:
             raise InputError(f"places {outside} lie outside the schedule; write numbers from 0, the first step, to 1, the last")
         count = len(self.lens.forecast(**inputs).timesteps)
-        return sorted({round(place * (count - 1)) for place in self.settings.places})
+        return sorted({round(place * (count - 1)) for place in places})
 
     def clock(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Step, sigma, timestep and expert of the steps at the places of the settings."""
@@ -145,7 +146,7 @@ class Context:
             else:
                 path.unlink()
 
-    def place(self, stage: str, key: str) -> Path:
+    def scratch(self, stage: str, key: str) -> Path:
         """A folder of a stage for what is no part (a store of activations); it is there until `discard`."""
         return self.parts / f"{stage}--{key}"
 

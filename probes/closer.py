@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from probes.linear import PROBES, code_length, fit_and_score
+from probes.linear import FOLDS, code_length, fit_and_score, searched
 from probes.ridge import Question
+
+KINDS = ("logistic", "mass-mean", "nonlinear")
+"""The other probes; the first one has its penalty searched, as the ridge probe has."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,18 @@ class Closer:
                 in which labels are sent.
 
         Returns:
-            A score for each of `PROBES` by its name, `bits` per label, `compression`, and `closer_clusters`, the number of
-            test groups. All nan where the labels are of one class.
+            Scores by `KINDS`, `bits` per label, `compression`, and `closer_clusters`, the number of test groups. Nan where a
+            part has labels of one class, or too few groups.
         """
         rows = question.asked & (numbers < self.samples)
         values, x = np.asarray(question.values, dtype=float)[rows], features[rows]
-        scores = {name: fit_and_score(x, values, groups[rows], test=test[rows], probe=name) for name in PROBES}
-        found = {name: score.estimate for name, score in scores.items()} | {"bits": np.nan, "compression": np.nan}
+        train, held = groups[rows & ~test], groups[rows & test]
+        found = dict.fromkeys((*KINDS, "bits", "compression"), np.nan)
+        if len(np.unique(train)) >= FOLDS and len(held):
+            found["logistic"] = searched(x, values, groups[rows], test[rows]).estimate
+            for name in KINDS[1:]:
+                found[name] = fit_and_score(x, values, groups[rows], test=test[rows], probe=name).estimate
         if len(np.unique(values)) > 1:
             code = code_length(x, values, groups[rows], seed)
             found |= {"bits": code.bits, "compression": code.compression}
-        return {**found, "closer_clusters": len(np.unique(groups[rows & test]))}
+        return {**found, "closer_clusters": len(np.unique(held))}

@@ -1,8 +1,10 @@
 """Probes fitted one at a time: logistic regression on standardised features, and what it is to be compared with.
 
-`logistic` is the probe that figures show. `mass-mean` takes the direction between the means of the classes, which nothing is
-fitted to (Marks and Tegmark 2023, arXiv 2310.06824, section 5). `nonlinear` is a small network, as an upper bound: what it
-reads and a linear probe does not is there, but not linearly.
+`logistic` has a fixed penalty, `searched` one that is chosen inside the training part. `mass-mean` takes the direction between
+the means of the classes, which nothing is fitted to (Marks and Tegmark 2023, arXiv 2310.06824, section 5). `nonlinear` is a
+small network, as an upper bound: what it reads and a linear probe does not is there, but not linearly. It sees the leading
+principal components, each of variance one: what a stream holds in directions of small variance, which ridge reads with a
+small penalty, a network on standardised features does not find in the few passes that it has.
 
 The tokens of one maze share its walls and its route, so a split by token would put near-copies of the test set into
 training. The split is by group (all tokens of a maze, and all mazes that are turned or mirrored copies of it), and so is
@@ -19,10 +21,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupShuffleSplit
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -33,8 +36,12 @@ from dit_lens.statistics import Interval, auc_interval, macro_auc_interval
 REGULARISATION = 0.01
 """Inverse strength of the L2 penalty (scikit-learn's C) on standardised features."""
 
-HIDDEN, SEED = 64, 0
-"""Hidden units of the nonlinear probe, and what seeds it."""
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+"""Inverse strengths that `searched` and the online code choose from."""
+FOLDS = 4
+
+HIDDEN, COMPONENTS, SEED = 64, 64, 0
+"""Hidden units of the nonlinear probe, principal components that it sees, and what seeds it."""
 
 ProbeScore = Interval
 """Held-out area under the ROC curve with its interval over groups; all nan where a class is missing."""
@@ -66,19 +73,37 @@ class MassMean(ClassifierMixin, BaseEstimator):
         return self.classes_[(found > 0).astype(int) if found.ndim == 1 else found.argmax(axis=1)]
 
 
+class Whitened(TransformerMixin, BaseEstimator):
+    """The leading principal components, each of variance one: `COMPONENTS` of them, or as many as there are."""
+
+    def fit(self, X: Float[np.ndarray, "rows channels"], y: object = None) -> Whitened:
+        """Find them."""
+        self.components_ = PCA(min(COMPONENTS, *X.shape), whiten=True, random_state=SEED).fit(X)
+        return self
+
+    def transform(self, X: Float[np.ndarray, "rows channels"]) -> Float[np.ndarray, "rows components"]:
+        """Rows in terms of them."""
+        return self.components_.transform(X)
+
+
+def _network() -> Any:
+    return MLPClassifier((HIDDEN,), alpha=1.0, learning_rate_init=3e-3, max_iter=60, random_state=SEED)
+
+
 PROBES: dict[str, Callable[[], Any]] = {
     "logistic": lambda: LogisticRegression(C=REGULARISATION, max_iter=1000),
     "mass-mean": MassMean,
-    "nonlinear": lambda: MLPClassifier((HIDDEN,), alpha=1.0, learning_rate_init=3e-3, max_iter=60, random_state=SEED),
+    "nonlinear": lambda: make_pipeline(Whitened(), _network()),
 }
 """Kinds of probe by name; each comes after a `StandardScaler`."""
 
 
-def unfitted(probe: str) -> Any:
-    """A probe of a kind, with its scaler. InputError where there is no such kind."""
+def unfitted(probe: str, strength: float | None = None) -> Any:
+    """A probe of a kind, with its scaler; a logistic one of another strength. InputError where there is no such kind."""
     if probe not in PROBES:
         raise InputError(f"there is no probe {probe!r}; write one of {', '.join(PROBES)}")
-    return make_pipeline(StandardScaler(), PROBES[probe]())
+    kind = PROBES[probe]()
+    return make_pipeline(StandardScaler(), kind if strength is None else kind.set_params(C=strength))
 
 
 def split_groups(
@@ -103,11 +128,12 @@ def fit_and_score(
     seed: int = 0,
     probe: str = "logistic",
     test: Bool[np.ndarray, " tokens"] | None = None,
+    strength: float | None = None,
 ) -> ProbeScore:
     """Trains a probe on some groups and scores it on the others; `probe` is one of `PROBES`.
 
     Labels are booleans, or the numbers of classes: then the score is the mean over classes, each against the rest. `test` are
-    the test tokens, whole groups, where these were drawn before.
+    the test tokens, whole groups, where these were drawn before; `strength` is another than `REGULARISATION`.
 
     Returns nan for everything but the counts where there is nothing to learn or to score: fewer than two groups, or all
     training or all test tokens of one class. (A model that never draws a legal route leaves no choice to be read.)
@@ -119,7 +145,7 @@ def fit_and_score(
     train, test = split_groups(groups, test_share, seed) if test is None else (~test, test)
     if len(np.unique(labels[train])) < 2:
         return ProbeScore(np.nan, np.nan, np.nan, len(np.unique(groups[test])), int(test.sum()))
-    fitted = unfitted(probe)
+    fitted = unfitted(probe, strength)
     with warnings.catch_warnings():
         # The nonlinear probe stops after a fixed number of passes on purpose.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -128,6 +154,32 @@ def fit_and_score(
     if scores.ndim == 1:
         return auc_interval(scores, labels[test] == fitted.classes_[1], groups[test])
     return macro_auc_interval(scores, labels[test][:, None] == fitted.classes_, groups[test])
+
+
+def searched(
+    features: Float[np.ndarray, "tokens channels"],
+    labels: Shaped[np.ndarray, " tokens"],
+    groups: Shaped[np.ndarray, " tokens"],
+    test: Bool[np.ndarray, " tokens"],
+) -> ProbeScore:
+    """The held-out score of a logistic probe whose strength, one of `STRENGTHS`, reads best in folds of the training groups.
+
+    Raises:
+        InputError: fewer training groups than folds.
+    """
+    x, y, of = features[~test], labels[~test], groups[~test]
+    if len(np.unique(of)) < FOLDS:
+        raise InputError(
+            f"the search takes {FOLDS} folds of whole groups, and {len(np.unique(of))} are for training: add samples"
+        )
+    scores = np.full((FOLDS, len(STRENGTHS)), np.nan)
+    for fold, (_, inside) in enumerate(GroupKFold(FOLDS).split(x, groups=of)):
+        held = np.isin(np.arange(len(x)), inside)
+        scores[fold] = [fit_and_score(x, y, of, test=held, strength=strength).estimate for strength in STRENGTHS]
+    # A class may be missing in a fold, which then says nothing of any strength.
+    there = scores[~np.isnan(scores).any(axis=1)]
+    strength = STRENGTHS[there.mean(axis=0).argmax()] if len(there) else REGULARISATION
+    return fit_and_score(features, labels, groups, test=test, strength=strength)
 
 
 @dataclass(frozen=True)
@@ -145,8 +197,6 @@ class CodeLength:
     labels: int
 
 
-STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
-"""Inverse strengths of the penalty (scikit-learn's C) that the online code chooses from."""
 PORTIONS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
 """Where the labels are cut for the online code, as shares of the groups."""
 
@@ -187,7 +237,7 @@ def code_length(
         known = np.unique(label[sent])
         if len(known) > 1:
             for place, strength in enumerate(STRENGTHS):
-                fitted = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+                fitted = unfitted("logistic", strength)
                 fitted.fit(features[sent].astype(np.float64), label[sent])
                 # What was not seen yet must have a code too: one label in a thousand is sent as if nothing were known.
                 chances[place] *= UNFORESEEN

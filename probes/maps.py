@@ -76,10 +76,13 @@ def read_map(
         InputError: the store lacks a sample, holds it of several models or without a frame that a target reads, or holds other
             tokens than those of a board; samples of one puzzle are in different groups; the training part has fewer groups than
             there are folds; labels off the layout; a target among `asked` has no labels, or those of one class only, in the
-            training or the test part.
+            training or the test part; `groups` or `drawn` has not one entry for each sample.
     """
     task = task_of(samples)
     wanted = targets(task.name) if asked is None else list(asked)
+    for name, given in (("groups", groups), ("drawn", drawn)):
+        if given is not None and len(given) != len(samples):
+            raise InputError(f"{name}= has {len(given)} entries, and there are {len(samples)} samples: write one for each")
     names = [sample.group for sample in samples] if groups is None else list(groups)
     check_split(samples, names)
     _, numbered = np.unique(names, return_inverse=True)
