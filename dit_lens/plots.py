@@ -185,7 +185,7 @@ def heat_grid(
     """
     columns, places = list(dict.fromkeys(table[column])), list(dict.fromkeys(table[x]))
     with mpl.rc_context({**LOOK, "axes.grid": False}):
-        wide, high = max(0.9, 0.17 * len(places)), 0.15 * len(y_order)
+        wide, high = max(0.9, 0.17 * len(places)), max(1.6, 0.15 * len(y_order))
         size = (2.3 + (wide + 0.15) * len(columns), 1.2 + (high + 0.15) * len(row_labels))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(row_labels), len(columns), sharex=True, sharey=True, squeeze=False)

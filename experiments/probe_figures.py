@@ -65,7 +65,7 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
     titles = {}
     for target, rows in part[part["reader"] == TRAINED].groupby("title", sort=False):
         wide, count = ((rows["high"] - rows["low"]) / 2).median(), rows["clusters"].max()
-        titles[target] = f"{target}\nN = {count}, \u00b1{wide:.2f}"
+        titles[target] = f"{target}\n" + ("nothing to read" if np.isnan(wide) else f"N = {count}, \u00b1{wide:.2f}")
     figure = plots.heat_grid(
         pd.concat(tables),
         row="panel",
