@@ -26,14 +26,6 @@ SERIES = {
     "cosine_other_sample": "to another sample's final video (control)",
 }
 TRAINED, SHUFFLED, RANDOM = "trained", "trained, tokens shuffled", "random weights"
-PROBE, PLACE, SITUATION = "probe", "place only", "place, distances, openings"
-TARGETS = {
-    "wall": "wall (perception)",
-    "route": "on the route (reasoning)",
-    "which": "which legal route (choice)",
-    "output": "painted at the end (output)",
-    "control": "random label per place (control)",
-}
 
 
 def watch(context: Context, films: list[np.ndarray], labels: list[str]) -> None:
@@ -104,65 +96,3 @@ def step_numbers(context: Context, results: pd.DataFrame, branch: str) -> None:
         for step in steps
     }
     context.table(f"First and last step in numbers ({branch})", pd.DataFrame(table), about)
-
-
-def probe_scores(context: Context, scores: pd.DataFrame) -> None:
-    """Heat maps over blocks and steps, curves over depth at the first step, and their numbers beside the baselines."""
-    settings = context.settings
-    scores = scores.assign(name=scores["target"].map(TARGETS), row="auc")
-    scores = scores.sort_values("name", key=lambda names: names.map(list(TARGETS.values()).index), kind="stable")
-    probed, baselines = scores[scores["reader"] == PROBE], scores[scores["reader"] != PROBE]
-    probed = probed.assign(at=[f"{step}\n{sigma:.2f}" for step, sigma in zip(probed["step"], probed["sigma"], strict=True)])
-    first = probed[probed["step"] == probed["step"].min()]
-    made = (
-        f"Linear probes on the tokens of the last latent frame, {settings.branch} branch, {settings.mazes} held-out mazes of"
-        f" each kind, {settings.test_share:.0%} of them for testing; never split by token."
-    )
-    place = baselines[baselines["reader"] == PLACE].set_index("name")["mean"]
-    heat = plots.heat_maps(
-        probed,
-        panel="name",
-        x="at",
-        y="block",
-        value="mean",
-        x_label="step, and its \u03c3",
-        y_label="block",
-        value_label="held-out ROC AUC",
-        limits=(0.5, 1.0),
-        titles={name: f"{name}\nplace only: {auc:.2f}" for name, auc in place.items()},
-    )
-    context.figure("map", heat, "What can be read, by block and step", f"{made} {in_sentences(first)}")
-    depth = plots.curve_grid(
-        first,
-        x="block",
-        x_label="block",
-        row="row",
-        column="name",
-        series="reader",
-        levels=baselines,
-        row_labels={"auc": "held-out ROC AUC"},
-        limits={"auc": (0.3, 1.03)},
-        lines_at={"auc": 0.5},
-    )
-    about = (
-        "Shaded: 95 % bootstrap intervals over the test mazes, N of them in the corner. Dashed: baselines without activations."
-    )
-    context.figure("depth", depth, f"Over depth, at \u03c3 = {first['sigma'].iloc[0]:.2f}", f"{made} {about}")
-    ends = first[first["block"].isin([0, first["block"].max() // 2, first["block"].max()])]
-    table = pd.concat([ends.assign(reader=[f"probe, block {block}" for block in ends["block"]]), baselines])
-    table = table.assign(auc=[in_words(table.iloc[[i]]) for i in range(len(table))])
-    wide = table.pivot(index="name", columns="reader", values="auc").loc[list(dict.fromkeys(first["name"]))]
-    wide = wide[list(dict.fromkeys(table["reader"]))]
-    last = first[first["block"] == first["block"].max()].set_index("name")["selectivity"]
-    wide["selectivity, last block"] = [f"{last[name]:.2f}" for name in wide.index]
-    about = f"{made} AUC with 95 % interval; selectivity is the AUC minus that of the control task."
-    context.table("In numbers, first step", wide.reset_index(names="target"), about)
-
-
-def in_sentences(first: pd.DataFrame) -> str:
-    """What the curves at the first step show, read off the table."""
-    said = []
-    for name, curve in first.dropna(subset="mean").groupby("name", sort=False):
-        start, top = curve.iloc[0], curve.iloc[curve["mean"].argmax()]
-        said.append(f"{name}: {start['mean']:.2f} after block 0, highest after block {top['block']} ({top['mean']:.2f})")
-    return f"At \u03c3 = {first['sigma'].iloc[0]:.2f}, " + "; ".join(said) + "."

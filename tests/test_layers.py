@@ -57,16 +57,18 @@ dit_lens.plants.measured
 dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
-probes.targets probes.controls
+probes.targets probes.controls probes.baselines probes.closer
+probes.cells
+probes.observed
 probes.maps probes.levers
-probes.rooms probes.causes probes.transfer probes.decided
+probes.causes probes.transfer probes.decided
 probes
 dit_lens.claims dit_lens.clean
 dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures experiments.energy experiments.paper
+experiments.figures experiments.energy experiments.paper experiments.probe_figures
 experiments.energy_figures
 experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
     experiments.page
