@@ -151,7 +151,12 @@ class ReplaceLatents:
         latents = passage.latents.to(torch.promote_types(passage.latents.dtype, torch.float32))
         frames = torch.tensor(self.chosen(latents.shape[2]), device=latents.device)
         rows = torch.tensor(self.chosen_rows(latents.shape[0]), device=latents.device)
-        ways = {"replace": self._replaced, "mixed": self._mixed, "sigma_matched": self._sigma_matched, "dose_matched": self._dosed}
+        ways = {
+            "replace": self._replaced,
+            "mixed": self._mixed,
+            "sigma_matched": self._sigma_matched,
+            "dose_matched": self._dosed,
+        }
         changed = ways[self.how](passage, latents, frames).to(passage.latents)
         written = passage.latents.index_copy(2, frames, changed.index_select(2, frames))
         return passage.latents.index_copy(0, rows, written.index_select(0, rows))

@@ -36,10 +36,10 @@ class Settings(noised.Settings):
     that are matched; ``sets``, shares of the frames that get noise together; ``singles``, whether each frame is noised in all
     samples, or samples take turns."""
 
-    added: tuple[float, ...] = (0.25,)
-    matched: tuple[float, ...] = (0.5,)
+    added: tuple[float, ...] = (0.4,)
+    matched: tuple[float, ...] = (0.4,)
     shares: tuple[float, ...] = (0.2,)
-    sets: tuple[float, ...] = ()
+    sets: tuple[float, ...] = (0.6,)
     singles: bool = False
 
 

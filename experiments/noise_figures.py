@@ -96,6 +96,8 @@ def over_frames(context: Context, results: pd.DataFrame, frames: pd.DataFrame) -
         "frames": (frames.assign(x=frames["count"]), "number of latent frames that get noise", "Noise in sets of latent frames"),
     }
     for name, (rows, label, title) in shown.items():
+        if rows["x"].nunique() < 2:
+            continue
         series = rows["how"] + ", " + rows["when"]
         figure = plots.curve_grid(
             measured(rows.assign(series=series), ["task", "series", "x"], names),
@@ -151,9 +153,9 @@ def doses(context: Context, results: pd.DataFrame) -> None:
         _line("another seed", results[results["kind"] == "other seed"]),
     ]
     order = {ONE: 0, SEVERAL: 1, BUT_LAST: 2, ALL: 3}
-    kinds = noise.groupby(["how", "where", "when", "share"], sort=False)
-    for key, group in sorted(kinds, key=lambda item: (item[0][0], item[0][1], order[item[0][2]], item[0][3])):
-        how, place, when, share = key
+    columns = ["how", "where", "when", "share"]
+    kinds = {tuple(group[columns].iloc[0]): group for _, group in noise.groupby(columns)}
+    for (how, place, when, share), group in sorted(kinds.items(), key=lambda item: (*item[0][:2], order[item[0][2]], item[0][3])):
         # Noise at the first step is a reseed and not counted here.
         kept = group[group["step"] != 0] if when == ONE and (group["step"] > 0).any() else group
         where = "all frames" if place == "step" else "some frames"

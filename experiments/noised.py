@@ -42,8 +42,8 @@ class Settings:
     tasks: tuple[str, ...] = ("maze-loops", "tictactoe")
     samples: int = 1
     batch: int = 4
-    places: tuple[float, ...] = (0, 0.25, 0.5, 0.75)
-    later: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)
+    places: tuple[float, ...] = (0, 0.15, 0.4, 0.75)
+    later: tuple[float, ...] = (0, 0.15, 0.4, 0.75, 1)
     depths: tuple[float, ...] = (0.25, 0.5, 0.9)
     tokens: int = 512
 

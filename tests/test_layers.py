@@ -65,8 +65,11 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures
-experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
+experiments.figures experiments.arms
+experiments.noised experiments.noise_claims
+experiments.noise_figures experiments.propagation_figures
+experiments.benchmark_patching experiments.held_out experiments.noise experiments.probe_map experiments.propagation
+    experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
