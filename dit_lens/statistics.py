@@ -12,6 +12,7 @@ therefore stands beside every interval.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -197,8 +198,9 @@ def in_words(summary: pd.DataFrame, digits: int = 2) -> str:
     return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
+@lru_cache(maxsize=4)
 def _resampled_counts(clusters: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples clusters"]:
-    """How often each cluster is drawn in each resample."""
+    """How often each cluster is drawn in each resample; drawn once for the many cells of a heat map."""
     return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
 
 

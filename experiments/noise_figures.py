@@ -36,7 +36,7 @@ def draw(context: Context, results: pd.DataFrame, films: Sequence[tuple[str, np.
     whole = noise[(noise["where"] == "step") & (noise["when"] == ONE) & np.isclose(noise["share"], 1)]
     over_sigma(context, results, whole)
     over_frames(context, results, noise[(noise["where"] == "frame") & noise["when"].isin([ALL, BUT_LAST])])
-    over_doses(context, noise, whole)
+    over_doses(context, results, noise)
     doses(context, results)
     pictures(context, films, sample)
 
@@ -114,7 +114,7 @@ def over_frames(context: Context, results: pd.DataFrame, frames: pd.DataFrame) -
         context.figure(name, figure, title, f"{about}{turns} {OUTCOMES} {INTERVALS}")
 
 
-def over_doses(context: Context, noise: pd.DataFrame, whole: pd.DataFrame) -> None:
+def over_doses(context: Context, results: pd.DataFrame, noise: pd.DataFrame) -> None:
     """Noise in some frames against the same share of noise in all frames."""
     names = ["right", "same", "damage_last"]
     kinds = {"step": "all frames, mixed in", "frame": "whole frames"}
@@ -135,6 +135,7 @@ def over_doses(context: Context, noise: pd.DataFrame, whole: pd.DataFrame) -> No
         column="at",
         series="series",
         row_labels={name: MEASURES[name] for name in names},
+        levels=levels(results, ["kind"], names).merge(rows[["at"]].drop_duplicates(), how="cross"),
         limits=LIMITS,
     )
     about = (

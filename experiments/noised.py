@@ -117,7 +117,7 @@ class Reference:
 
     def against(self, activation: Tensor, cell: dl.Cell) -> Tensor:
         """A reducer: CKA dissimilarity and relative L2 distance from the unedited run's stream, (batch, 2)."""
-        return apart(self.some(activation), self.hidden[cell.step, cell.block])
+        return apart(self.some(activation), self.hidden[cell.step, cell.block].to(activation.device))
 
     def row(self, arm: Arm, run: dl.Run) -> pd.DataFrame:
         """What became of the runs of an arm, and its dose."""

@@ -147,7 +147,8 @@ def numbers(context: Context, results: pd.DataFrame) -> None:
     columns = {"dissimilarity": "CKA dissimilarity", "distance": "L2 distance", "right": "right", "same": "same answer"}
     table = {"run": list(ends["name"].unique())}
     for column, title in columns.items():
-        found = summarise(ends.astype({column: float}), column, ["name"], "cluster").set_index("name")
+        kept = ends.dropna(subset=[column]).astype({column: float if column in ("dissimilarity", "distance") else bool})
+        found = summarise(kept, column, ["name"], "cluster").set_index("name")
         table[title] = [in_words(found.loc[[name]], 3) if name in found.index else "-" for name in table["run"]]
     about = "x0-hat at the last step against that of the unedited run; 95 % bootstrap intervals over samples. Tasks together."
     context.table("At the end of the run", pd.DataFrame(table), about)
