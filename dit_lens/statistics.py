@@ -198,7 +198,7 @@ def in_words(summary: pd.DataFrame, digits: int = 2) -> str:
     return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def _resampled_counts(clusters: int, resamples: int, seed: int) -> Float[np.ndarray, "resamples clusters"]:
     """How often each cluster is drawn in each resample; drawn once for as many clusters."""
     counts = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)

@@ -68,10 +68,11 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures experiments.energy experiments.paper experiments.probe_figures
-experiments.energy_figures
-experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
-    experiments.page
+experiments.figures experiments.energy experiments.paper experiments.probe_figures experiments.arms
+experiments.noised experiments.noise_claims
+experiments.energy_figures experiments.noise_figures experiments.propagation_figures
+experiments.benchmark_patching experiments.held_out experiments.noise experiments.page experiments.probe_map
+    experiments.propagation experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
