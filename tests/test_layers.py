@@ -47,7 +47,7 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench probes.linear probes.ridge
+dit_lens.plots dit_lens.bench probes.linear probes.newton probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools
@@ -56,7 +56,7 @@ dit_lens.plants.measured
 dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
-probes.targets probes.controls
+probes.targets probes.controls probes.logistic
 probes.maps
 probes.rooms
 probes
