@@ -16,6 +16,7 @@ That is work for a GPU; on a few CPU cores `ridge` is the probe to take thousand
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ class _Search:
         fold = np.zeros(len(groups), dtype=int)
         for number, (_, inside) in enumerate(GroupKFold(folds).split(groups, groups=groups)):
             fold[inside] = number
-        spans = tuple(slice(first, end) for first, end in zip(ends, ends[1:], strict=False))
+        spans = tuple(slice(first, end) for first, end in itertools.pairwise(ends))
         return _Search(np.concatenate(columns), spans, fold, tuple(sorted(penalties, reverse=True)), folds)
 
     def fitted(
