@@ -56,8 +56,9 @@ dit_lens.plants.measured
 dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
-probes.targets probes.controls probes.logistic
-probes.maps
+probes.targets probes.controls probes.logistic probes.features
+probes.maps probes.clip_targets
+probes.clips
 probes.rooms
 probes
 dit_lens.experiment
