@@ -148,7 +148,7 @@ class _Search:
         scale = spread(features, constant=torch.inf)  # what says nothing becomes 0
         x = (features - features.mean(1, keepdim=True)) / scale[:, None]
         x = torch.cat([x, torch.ones_like(x[..., :1])], dim=2)
-        y, fold = torch.tensor(self.labels).to(x), torch.tensor(self.fold, device=x.device)
+        y, fold = torch.tensor(self.labels, device=x.device), torch.tensor(self.fold, device=x.device)
         inside = torch.stack([fold == number for number in range(self.folds)])
         # Problems are ordered by cell, then fold, then column.
         index = torch.arange(cells, device=x.device)
@@ -167,7 +167,7 @@ class _Search:
         best = chosen.repeat_interleave(lengths, dim=1)
         place = best, index[:, None], torch.arange(columns, device=x.device)
         start = path.mean(2)[place].flatten(0, 1)
-        strength = torch.tensor(self.penalties).to(x)[best].flatten()[:, None]
+        strength = torch.tensor(self.penalties, dtype=x.dtype, device=x.device)[best].flatten()[:, None]
         every = torch.ones_like(y).repeat(cells, 1)
         unit = _ridge(torch.ones_like(scale)).repeat_interleave(columns, 0)
         whole = Problems(x, index.repeat_interleave(columns), y.repeat(cells, 1), every, strength * unit)

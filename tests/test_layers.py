@@ -66,7 +66,8 @@ dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
 experiments.figures
-experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
+experiments.benchmark_patching experiments.benchmark_probes experiments.held_out experiments.probe_map
+    experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
