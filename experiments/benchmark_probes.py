@@ -14,7 +14,6 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,19 +23,14 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import r2_score, roc_auc_score
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 import dit_lens as dl
 from dit_lens import provenance, reasoner
 from dit_lens.files import write_text
-from probes import logistic, ridge
+from experiments.probes_alone import Split, logistic_alone, ridge_alone
+from probes import logistic
 from probes.clips import drawn_by
 from probes.controls import control_task, shuffled
 from probes.features import tokens
@@ -90,66 +84,13 @@ QUICK = {
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What every cell of a task shares: the questions about the tokens of its samples, groups, test rows, places."""
+    """What every cell of a task shares: the questions about the tokens of its samples, and the split."""
 
     questions: dict[str, Question]
     frames: dict[str, int | None]
-    groups: np.ndarray
-    test: np.ndarray
+    split: Split
     samples: np.ndarray
     places: np.ndarray
-
-
-def one_by_one(x: np.ndarray, question: Question, rows: Rows, linear: Any, grid: dict[str, list[float]]) -> tuple[float, float]:
-    """The held-out score of one probe by scikit-learn alone, and the chosen value of its parameter."""
-    train, held = question.asked & ~rows.test, question.asked & rows.test
-    values = np.asarray(question.values, dtype=float)
-    if question.kind == "number":
-        labels = values[:, None]
-    elif question.kind == "binary":
-        labels = (values > 0)[:, None].astype(float)
-    else:
-        labels = (values[:, None] == np.unique(values[train])).astype(float)
-
-    def score(probe: Any, features: np.ndarray, truth: np.ndarray) -> float:
-        guess = getattr(probe, "decision_function" if hasattr(probe, "decision_function") else "predict")(features)
-        truth, guess = truth.reshape(len(truth), -1), guess.reshape(len(truth), -1)
-        if question.kind == "number":
-            return float(r2_score(truth, guess))
-        there = [i for i in range(truth.shape[1]) if 0 < truth[:, i].sum() < len(truth)]
-        return float(np.mean([roc_auc_score(truth[:, i], guess[:, i]) for i in there])) if there else np.nan
-
-    def best(results: dict[str, Any]) -> int:
-        # A fold that lacks a class says nothing, and must not decide.
-        each = np.array([results[f"split{fold}_test_score"] for fold in range(ridge.FOLDS)])
-        return int(np.nanmean(each, axis=0).argmax())
-
-    y = labels[:, 0] if labels.shape[1] == 1 else labels
-    folds, way = GroupKFold(ridge.FOLDS), make_pipeline(StandardScaler(), linear)
-    search = GridSearchCV(way, grid, scoring=score, cv=folds, refit=best)  # pyright: ignore[reportArgumentType]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of folds that lack a class
-        search.fit(x[train].astype(np.float64), y[train], groups=rows.groups[train])
-    (chosen,) = search.best_params_.values()
-    return score(search.best_estimator_, x[held].astype(np.float64), y[held]), float(chosen)
-
-
-def ridge_alone(x: np.ndarray, question: Question, rows: Rows) -> tuple[float, float]:
-    """A ridge probe by scikit-learn: its score and penalty."""
-    # Labels of 0 and 1, where ours are -1 and 1: guesses and penalties order and weigh the same.
-    return one_by_one(x, question, rows, Ridge(), {"ridge__alpha": list(ridge.PENALTIES)})
-
-
-def logistic_alone(x: np.ndarray, question: Question, rows: Rows, tolerance: float = 1e-4) -> tuple[float, float]:
-    """A logistic probe by scikit-learn, to its own tolerance when left out: its score and penalty."""
-    strengths = [1 / penalty for penalty in logistic.PENALTIES]
-    plain = LogisticRegression(max_iter=10_000, tol=tolerance)
-    if question.kind == "binary":
-        score, strength = one_by_one(x, question, rows, plain, {"logisticregression__C": strengths})
-    else:
-        grid = {"onevsrestclassifier__estimator__C": strengths}
-        score, strength = one_by_one(x, question, rows, OneVsRestClassifier(plain), grid)
-    return score, 1 / strength
 
 
 def observed(lens: dl.Lens, task: str, settings: Settings, folder: Path) -> tuple[dl.Store, list[Any]]:
@@ -172,7 +113,7 @@ def rows_of(store: dl.Store, samples: Sequence[Any], labels: pd.DataFrame) -> Ro
     groups, numbers = (np.repeat([getattr(sample, name) for sample in there], count) for name in ("group", "index"))
     named = {question.name: question for question in found}
     frames = {target.name: target.frame for target in asked}
-    return Rows(named, frames, groups, split_groups(groups)[1], numbers, np.tile(np.arange(count), len(there)))
+    return Rows(named, frames, Split(groups, split_groups(groups)[1]), numbers, np.tile(np.arange(count), len(there)))
 
 
 def features_at(store: dl.Store, samples: Sequence[Any], cell: dict[str, Any], frame: int | None) -> np.ndarray:
@@ -200,7 +141,7 @@ def ridge_compared(store: dl.Store, samples: Sequence[Any], checked: int, random
     for cell in tqdm(records, desc=f"ridge probes of {samples[0].task.name}, one by one", unit="probe"):
         x = features_at(store, samples, cell, rows.frames[cell["target"]])
         begun = time.perf_counter()
-        alone.append(ridge_alone(x, rows.questions[cell["target"]], rows))
+        alone.append(ridge_alone(x, rows.questions[cell["target"]], rows.split))
         seconds.append(time.perf_counter() - begun)
     return {
         "cells": len(grid.drop_duplicates(CELL)),
@@ -221,19 +162,19 @@ def logistic_compared(
     asked = [*own, *(control_task(q, rows.places) for q in own), *(shuffled(q, rows.samples, rows.places) for q in own)]
     stack = np.stack([features_at(store, samples, cell, -1) for cell in records])
     # The first call of a process sets the device up.
-    logistic.read_stack(stack[:1, ..., :8], own[:1], rows.groups, rows.test, device=device)
+    logistic.read_stack(stack[:1, ..., :8], own[:1], rows.split.groups, rows.split.test, device=device)
     begun = time.perf_counter()
-    found = logistic.read_stack(stack, asked, rows.groups, rows.test, device=device)
+    found = logistic.read_stack(stack, asked, rows.split.groups, rows.split.test, device=device)
     spent = time.perf_counter() - begun
     places = [(i, j) for i in range(len(found)) for j in range(len(own)) if not np.isnan(found[i][j].score.estimate)]
     chosen = [places[place] for place in random.permutation(len(places))[: settings.logistic_checked]]
     alone, seconds = [], []
     for i, j in tqdm(chosen, desc=f"logistic probes of {samples[0].task.name}, one by one", unit="probe"):
         begun = time.perf_counter()
-        logistic_alone(stack[i], own[j], rows)
+        logistic_alone(stack[i], own[j], rows.split)
         seconds.append(time.perf_counter() - begun)
         # At its own tolerance scikit-learn's scores differ from those of its exact fits by up to 1e-3; time is taken there.
-        alone.append(logistic_alone(stack[i], own[j], rows, 1e-8))
+        alone.append(logistic_alone(stack[i], own[j], rows.split, 1e-8))
     ours = [(found[i][j].score.estimate, found[i][j].penalty) for i, j in chosen]
     return {
         "task": samples[0].task.name,

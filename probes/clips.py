@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from einops import reduce
+from einops import rearrange, reduce
 from jaxtyping import Bool, Float, Int, Shaped
 from tqdm.auto import tqdm
 
@@ -111,9 +111,8 @@ class _Asked:
     seed: int
     read: Read
 
-    def of(self, units: Units) -> pd.DataFrame:
-        """A row for each target."""
-        rows = units.reshape(len(self.groups), -1)
+    def of(self, rows: Float[np.ndarray, "rows channels"]) -> pd.DataFrame:
+        """What each target's probe reads from these features."""
         table = read_with_controls(rows, self.questions, self.groups, self.test, self.samples, self.kinds, self.seed, self.read)
         return table.assign(content=self.contents)
 
@@ -163,14 +162,19 @@ def _read_units(
             seed,
             read,
         )
-        found.append(reader.of(units).assign(**row, reader=PROBE))
+        found.append(reader.of(_joined(units)).assign(**row, reader=PROBE))
         moment = {key: row[key] for key in ("expert", "step", "branch", "sigma", "timestep")}
         if tuple(moment.values()) not in moments:
             moments.add(tuple(moment.values()))
             alone = reader.of(np.eye(reader.kinds.max() + 1)[reader.kinds])
             found.append(alone.assign(**moment, reader=PLACE if unit == "frame" else WORDING))
-            found.append(reader.of(_noisy(store, labels, row["step"], unit)).assign(**moment, reader=LATENTS))
+            found.append(reader.of(_joined(_noisy(store, labels, row["step"], unit))).assign(**moment, reader=LATENTS))
     return pd.concat(found, ignore_index=True)
+
+
+def _joined(units: Units) -> Float[np.ndarray, "rows channels"]:
+    """Sample by sample, unit by unit."""
+    return rearrange(units, "samples units channels -> (samples units) channels")
 
 
 def _matching(table: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:

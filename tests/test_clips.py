@@ -159,7 +159,7 @@ def test_labels_of_frames_are_what_the_true_video_shows() -> None:
 
 def test_every_task_has_targets_to_tell_apart() -> None:
     for name in reasoner.tasks():
-        found = samples(name)
+        found = samples(name, 16)
         drawn = [replace(faithful(s), which=s.shown if s.index % 2 else None) for s in found]
         for unit, units in (("clip", 1), ("frame", FRAMES)):
             for target in clip_targets(name, unit):  # pyright: ignore[reportArgumentType]

@@ -65,7 +65,7 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures
+experiments.figures experiments.probes_alone
 experiments.benchmark_patching experiments.benchmark_probes experiments.held_out experiments.probe_map
     experiments.step_lens experiments.token_energy
 """

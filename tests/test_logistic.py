@@ -85,7 +85,7 @@ def agree(x: np.ndarray, question: Question, groups: np.ndarray, test: np.ndarra
     assert reading.score.low <= reading.score.estimate <= reading.score.high
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 10_000), st.integers(5, 40))
 def test_it_agrees_with_scikit_learn_one_by_one(seed: int, rare: int) -> None:
     """With rows that are not asked, features that are constant or twins, and a class that some folds lack."""
@@ -174,7 +174,7 @@ def test_controls_are_read_by_the_same_probes() -> None:
     assert (table["selectivity"] == table["estimate"] - table["control"]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_areas_are_those_of_scikit_learn(seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
