@@ -24,6 +24,8 @@ from dit_lens.errors import InputError
 
 LEVEL = 0.95
 RESAMPLES = 1000
+STRETCH = 16
+"""Scores that are counted one by one where pairs are compared; any number gives the same result."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +160,29 @@ def _pairs_won(
 ) -> Float[np.ndarray, "clusters clusters"]:
     """How many (positive, negative) pairs the scores put in the right order, ties half, by the clusters of the two."""
     positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
-    ordered = np.sort(scores[negative])
-    # How many negatives of each cluster lie below (or at) each positive: cumulative counts in score order.
-    in_order = np.zeros((len(negative) + 1, count))
-    in_order[np.arange(1, len(negative) + 1), member[negative][np.argsort(scores[negative], kind="stable")]] = 1
-    below = in_order.cumsum(axis=0)
-    wins = (
-        below[np.searchsorted(ordered, scores[positive], "left")] + below[np.searchsorted(ordered, scores[positive], "right")]
-    ) / 2
+    order = negative[np.argsort(scores[negative], kind="stable")]
+    ordered, owner, own = scores[order], member[order], member[positive]
+    # Negatives in score order, cut into short stretches: whole ones are counted by one product, the rest of the last singly.
+    stretches = len(negative) // STRETCH + 1
+    in_stretch = _counted(np.arange(len(negative)) // STRETCH, owner, (stretches, count))
+    before = in_stretch.cumsum(axis=0) - in_stretch
+    # The last stretch is seldom full.
+    padded = np.append(owner, np.zeros(STRETCH, dtype=int))
     won = np.zeros((count, count))
-    np.add.at(won, member[positive], wins)
-    return won
+    for side in ("left", "right"):
+        whole, rest = np.divmod(np.searchsorted(ordered, scores[positive], side), STRETCH)
+        won += _counted(own, whole, (count, stretches)) @ before
+        single = np.arange(STRETCH) < rest[:, None]
+        others = padded[whole[:, None] * STRETCH + np.arange(STRETCH)]
+        won += _counted(np.broadcast_to(own[:, None], single.shape)[single], others[single], (count, count))
+    return won / 2
+
+
+def _counted(
+    rows: Int[np.ndarray, " pairs"], columns: Int[np.ndarray, " pairs"], shape: tuple[int, int]
+) -> Float[np.ndarray, "rows columns"]:
+    """How often each pair of a row and a column occurs."""
+    return np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape).astype(float)
 
 
 def summarise(table: pd.DataFrame, value: str, by: Sequence[str], cluster: str = "sample", level: float = LEVEL) -> pd.DataFrame:
@@ -200,9 +214,10 @@ def in_words(summary: pd.DataFrame, digits: int = 2) -> str:
 
 @lru_cache(maxsize=8)
 def _resampled_counts(clusters: int, resamples: int, seed: int) -> Float[np.ndarray, "resamples clusters"]:
-    """How often each cluster is drawn in each resample; drawn once for as many clusters."""
-    counts = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
-    return counts.astype(float)
+    """How often each cluster is drawn in each resample; kept, as thousands of probes draw the same."""
+    drawn = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(float)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _ends(resampled: Float[np.ndarray, " resamples"], level: float) -> tuple[float, float]:

@@ -11,7 +11,7 @@ All of them ask the same rows, so that they share the factorisations of the true
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Shaped
 
-from probes.ridge import Question, read_all
+from probes.ridge import Question, Reading, read_all
 
 CONTROL, SHUFFLED = "control", "shuffled"
 
@@ -63,13 +63,14 @@ def read_with_controls(
     samples: Shaped[np.ndarray, " rows"],
     kinds: Shaped[np.ndarray, " rows"],
     seed: int = 0,
+    read: Callable[..., list[Reading]] = read_all,
     **search: Any,
 ) -> pd.DataFrame:
     """Every question read, beside its control task and its shuffled labels.
 
     Args:
         features, groups, test: as for `read_all`. samples: which sample a row is of. kinds: which kind of row it is, as its
-            place. seed: of the controls. search: further arguments of `read_all`.
+            place. seed: of the controls. read: `ridge.read_all` or `logistic.read_all`. search: further arguments of it.
 
     Returns:
         One row per question: `target`, `kind`, `estimate`, `low`, `high`, `clusters`, `measurements`, `penalty`; `control` and
@@ -77,7 +78,7 @@ def read_with_controls(
     """
     controls = [replace(control_task(question, kinds, seed), interval=False) for question in questions]
     mixed = [replace(shuffled(question, samples, kinds, seed), interval=False) for question in questions]
-    readings = read_all(features, [*questions, *controls, *mixed], groups, test, **search)
+    readings = read(features, [*questions, *controls, *mixed], groups, test, **search)
     rows = []
     for place, question in enumerate(questions):
         true, control, other = readings[place :: len(questions)]

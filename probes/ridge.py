@@ -97,12 +97,7 @@ def read_all(
     Raises:
         InputError: a group is on both sides of the test split, fewer training groups than folds, or lengths that differ.
     """
-    lengths = {len(features), len(groups), len(test), *(len(question.values) for question in questions)}
-    if len(lengths) > 1:
-        raise InputError(f"features, groups, test and the questions need a row each, and there are {listed(sorted(lengths))}")
-    both = np.intersect1d(groups[test], groups[~test])
-    if len(both):
-        raise InputError(f"{len(both)} groups are in training and in testing, the first is {both[0]}: split by group")
+    check_split(len(features), questions, groups, test)
     count = len(np.unique(groups[~test]))
     if count < folds:
         raise InputError(
@@ -110,15 +105,31 @@ def read_all(
             " observe more samples, or write fewer folds"
         )
     features = np.asarray(features, dtype=np.float64)
-    # Questions of the same rows share all that depends on features.
-    shared: dict[bytes, list[Question]] = {}
-    for question in questions:
-        shared.setdefault(question.asked.tobytes(), []).append(question)
     found: dict[str, Reading] = {}
-    for same in shared.values():
+    for same in of_same_rows(questions):
         asked = same[0].asked
         found |= {reading.name: reading for reading in _read_together(features, same, groups, asked, test, penalties, folds)}
     return [found[question.name] for question in questions]
+
+
+def check_split(
+    rows: int, questions: Sequence[Question], groups: Shaped[np.ndarray, " rows"], test: Bool[np.ndarray, " rows"]
+) -> None:
+    """Raise an InputError where lengths differ, or a group is on both sides of the test split."""
+    lengths = {rows, len(groups), len(test), *(len(question.values) for question in questions)}
+    if len(lengths) > 1:
+        raise InputError(f"features, groups, test and the questions need a row each, and there are {listed(sorted(lengths))}")
+    both = np.intersect1d(groups[test], groups[~test])
+    if len(both):
+        raise InputError(f"{len(both)} groups are in training and in testing, the first is {both[0]}: split by group")
+
+
+def of_same_rows(questions: Sequence[Question]) -> list[list[Question]]:
+    """The questions by the rows that they are asked of: those of the same rows share all that depends on features."""
+    shared: dict[bytes, list[Question]] = {}
+    for question in questions:
+        shared.setdefault(question.asked.tobytes(), []).append(question)
+    return list(shared.values())
 
 
 def _read_together(
@@ -133,7 +144,7 @@ def _read_together(
     train, held = asked & ~test, asked & test
     nothing = Interval(np.nan, np.nan, np.nan, len(np.unique(groups[held])), int(held.sum()))
     empty = np.zeros((0, features.shape[1]))
-    learnable = [question for question in questions if _varies(question, train) and _varies(question, held)]
+    learnable = [question for question in questions if varies(question, train) and varies(question, held)]
     if len(np.unique(groups[train])) < folds or not learnable:
         return [Reading(question.name, nothing, np.nan, empty) for question in questions]
     labels = [question.columns(train) for question in learnable]
@@ -161,7 +172,7 @@ def _read_together(
         span = slice(spans[number], spans[number + 1])
         best = chosen[number]
         guesses = features[held] @ weights[best, span].T + offsets[best, span]
-        score = _interval(question, guesses, train, held, groups[held])
+        score = interval(question, guesses, train, held, groups[held])
         found[question.name] = Reading(question.name, score, penalties[best], weights[best, span])
     return [found.get(question.name, Reading(question.name, nothing, np.nan, empty)) for question in questions]
 
@@ -203,7 +214,8 @@ class _Sums:
         return weights, mean_y - weights @ mean_x
 
 
-def _varies(question: Question, rows: Bool[np.ndarray, " rows"]) -> bool:
+def varies(question: Question, rows: Bool[np.ndarray, " rows"]) -> bool:
+    """Whether there is something to tell apart among these rows."""
     return len(np.unique(np.asarray(question.values, dtype=float)[rows])) > 1
 
 
@@ -228,7 +240,7 @@ def _scores(
     return (won / (count * (len(truth) - count))).mean(axis=1)
 
 
-def _interval(
+def interval(
     question: Question,
     guesses: Float[np.ndarray, "rows columns"],
     train: Bool[np.ndarray, " all_rows"],

@@ -48,7 +48,7 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build dit_lens.plants.features
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench probes.linear probes.ridge
+dit_lens.plots dit_lens.bench probes.linear probes.newton probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools
@@ -57,22 +57,22 @@ dit_lens.plants.measured
 dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
-probes.targets probes.controls probes.baselines probes.closer
+probes.targets probes.controls probes.baselines probes.closer probes.logistic probes.features
 probes.cells
 probes.observed
-probes.maps probes.levers
-probes.causes probes.transfer probes.decided
+probes.maps probes.levers probes.clip_targets
+probes.causes probes.transfer probes.decided probes.clips
 probes
 dit_lens.claims dit_lens.clean
 dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures experiments.energy experiments.paper experiments.probe_figures experiments.arms
+experiments.figures experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone
 experiments.noised experiments.noise_claims
 experiments.energy_figures experiments.noise_figures experiments.propagation_figures
-experiments.benchmark_patching experiments.held_out experiments.noise experiments.page experiments.probe_map
-    experiments.propagation experiments.step_lens experiments.token_energy
+experiments.benchmark_patching experiments.benchmark_probes experiments.held_out experiments.noise experiments.page
+    experiments.probe_map experiments.propagation experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
