@@ -63,7 +63,7 @@ def read(context: Context, task: str, untrained: Callable[[], Any] | None = None
     inputs = context.inputs(samples[:1])
     steps = context.steps(inputs)
     record = dl.at(step=steps, branch=list(settings.branches))
-    look = {"frames": {target.frame for target in targets(task)}, "batch": settings.batch, **context.arguments}
+    look = {"frames": [target.frame for target in targets(task)], "batch": settings.batch, **context.arguments}
     shared = {"test_share": settings.test_share, "workers": settings.workers}
     closer_steps = context.steps(inputs, settings.closer_places)
     shared["closer"] = Closer(HEADLINES[task], tuple(closer_steps), settings.closer_samples)
