@@ -97,8 +97,8 @@ def step_map(context: Context, results: pd.DataFrame) -> None:
         "map",
         figure,
         "Flip rate by block and step",
-        f"{SWAPPED.format('cond')} All tasks together, N = {few} to {many} pairs a cell; 95 % intervals (bootstrap over pairs) are"
-        f" at most {widest:.2f} wide. Steps and blocks are thinned. Every step: the block is swapped at all steps.",
+        f"{SWAPPED.format('cond')} All tasks together, N = {few} to {many} pairs a cell; 95 % intervals (bootstrap over pairs)"
+        f" are at most {widest:.2f} wide. Steps and blocks are thinned. Every step: the block is swapped at all steps.",
     )
 
 
