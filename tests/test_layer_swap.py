@@ -154,7 +154,7 @@ def planted(flip: Any, control: float = 0.0, samples: int = 120) -> pd.DataFrame
     """Results in which a block of 14 flips the answer with a rate of its own, and controls with another."""
     random = np.random.default_rng(5)
     rows = []
-    for block in range(14):
+    for block in (0, 3, 5, 7, 9, 11, 13):
         band = "middle" if block == 7 else "early" if block < 3.5 else "late" if block >= 10.5 else "between"
         for variant in (SWAP, *CONTROLS):
             rate = flip(block) if variant == SWAP else control

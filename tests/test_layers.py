@@ -65,9 +65,9 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures experiments.swapping
-experiments.layer_swap_figures
-experiments.layer_swap
+experiments.figures experiments.swapping experiments.merging
+experiments.layer_swap_figures experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims
+experiments.layer_swap experiments.ensemble
 experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
