@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from dit_lens.bench import SAME_STEP, Bench, Outcome
 from dit_lens.calls import DenoiserCall
 from dit_lens.edits import Patch
-from dit_lens.errors import InputError
+from dit_lens.errors import InputError, listed
 from dit_lens.grid import Grid, Place, Point
 from dit_lens.lens import Lens
 from dit_lens.pairs import batches, joined_inputs, run_pairs
@@ -46,6 +46,8 @@ class Attribution:
         axes: the named axes of `over`.
         spearman: rank correlation of estimate and patch over cells, taken within each pair and averaged; interval over pairs.
         sign: share of cells and pairs in which both have the same sign; interval over pairs.
+        top: of the tenth of the patched cells whose patch changes most, the share that is in the tenth of the largest
+            estimates too, within each pair and averaged; interval over pairs. Chance is a tenth.
         calls: denoiser calls, forwards and backwards, that the estimates took for a row; patching them would take
             `calls_patching`.
     """
@@ -54,20 +56,40 @@ class Attribution:
     axes: tuple[str, ...]
     spearman: Interval
     sign: Interval
+    top: Interval
     calls: int
     calls_patching: int
 
     def __str__(self) -> str:
-        rho, sign = (f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]" for found in (self.spearman, self.sign))
+        measured = (self.spearman, self.sign, self.top)
+        rho, sign, top = (f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]" for found in measured)
         return (
             f"attribution of {self.calls_patching} cells in {self.calls} calls; against real patches of"
-            f" {self.table['patched'].notna().sum()} cells and rows: Spearman {rho}, same sign {sign}, N = {self.sign.clusters}"
+            f" {self.table['patched'].notna().sum()} cells and rows: Spearman {rho}, same sign {sign}, largest tenth found {top},"
+            f" N = {self.sign.clusters}"
         )
 
     def summary(self, value: str = "effect") -> pd.DataFrame:
         """Mean over pairs and seeds for every cell, with a bootstrap interval over pairs; value is a column of
         the table: `effect`, `estimate` or `patched`."""
         return summarise(self.table, value, [*self.axes, *labels_of(self.table, self.axes)])
+
+    def agreement(self, by: str) -> pd.DataFrame:
+        """How well estimates agree with patches among the cells of each value of an axis, as `spearman`, `sign` and `top`.
+
+        Raises:
+            InputError: there is no such axis.
+        """
+        if by not in self.table or by not in (*self.axes, *labels_of(self.table, self.axes)):
+            raise InputError(f"there is no axis {by!r}; write one of {listed(self.axes)}")
+        rows = []
+        for value, group in self.table.dropna(subset=["patched"]).groupby(by, sort=False):
+            found = dict(zip(("spearman", "sign", "top"), _agreement(group), strict=True))
+            rows.append(
+                {by: value, "cells": len(group), **{k: v.estimate for k, v in found.items()}}
+                | {f"{k}_{end}": getattr(v, end) for k, v in found.items() for end in ("low", "high")}
+            )
+        return pd.DataFrame(rows)
 
 
 def attribute(
@@ -124,8 +146,8 @@ def attribute(
     real["patched"] = real["value"] - real["clean"]
     keys = [*grid.axes, "sample", "seed"]
     table = table.merge(real[[*keys, "patched"]], how="left", on=keys)
-    spearman, sign = _agreement(table.dropna(subset=["patched"]))
-    return Attribution(table, grid.axes, spearman, sign, 3 * len(groups), len(grid.points))
+    spearman, sign, top = _agreement(table.dropna(subset=["patched"]))
+    return Attribution(table, grid.axes, spearman, sign, top, 3 * len(groups), len(grid.points))
 
 
 def _estimates(bench: Bench, place: Place, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -190,16 +212,22 @@ def _products(
     return {cell: (theirs[cell].float() - ours[cell].float()) * gradients[grown(cell)].float() for cell in cells}
 
 
-def _agreement(table: pd.DataFrame) -> tuple[Interval, Interval]:
-    """Spearman's rank correlation within each pair and seed, and the share of equal signs; intervals over pairs."""
-    ranks, samples = [], []
+def _agreement(table: pd.DataFrame) -> tuple[Interval, Interval, Interval]:
+    """Spearman's rank correlation within each pair and seed, the share of equal signs, and that of the largest that are found;
+    intervals over pairs."""
+    ranks, samples, found, pairs = [], [], [], []
     for _, group in table.groupby(["sample", "seed"]):
         # Where all cells do the same, as in a model that reads nothing, there is nothing to rank.
         if group["estimate"].nunique() > 1 and group["patched"].nunique() > 1:
             ranks.append(spearmanr(group["estimate"], group["patched"])[0])
             samples.append(group["sample"].iloc[0])
+        largest = max(1, round(len(group) / 10))
+        tops = [set(group[name].abs().nlargest(largest).index) for name in ("patched", "estimate")]
+        found.append(len(tops[0] & tops[1]) / largest)
+        pairs.append(group["sample"].iloc[0])
     same = np.sign(table["estimate"].to_numpy()) == np.sign(table["patched"].to_numpy())
     return (
         mean_interval(ranks, samples),
         mean_interval(same, table["sample"]),
+        mean_interval(found, pairs),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from tqdm.auto import tqdm
 
 from dit_lens import provenance, reasoner
 from dit_lens.errors import InputError
+from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.lens import Lens
+from dit_lens.record import Record, as_records
 from dit_lens.run import Run
+from dit_lens.selection import Selector
 from dit_lens.store import Store
 
 ROWS, ROWS_ACCELERATED = 8, 128
@@ -88,6 +91,32 @@ class CleanRuns:
                     self._make(group[first : first + each], missing)
                     bar.update(len(group[first : first + each]) * len(missing))
         return self._joined([(*_key(sample), seed) for sample in samples for seed in seeds])
+
+    def observed(
+        self,
+        samples: Sequence[Any],
+        record: Selector | Record | Iterable[Selector | Record],
+        seeds: Sequence[int] = (0,),
+        lens: Lens | None = None,
+    ) -> Run:
+        """The runs with records: of the denoiser's calls only those are made in which something is recorded, all others answer
+        as they did.
+
+        Args:
+            record: as for `Lens.run`. lens: another model of the same kind (an untrained one, as a control) that is shown the
+                latents of these runs; its own answers are not followed.
+
+        Returns:
+            The run, without a video. Its trajectory is that of the clean runs.
+        """
+        clean, seen = self.runs(samples, seeds), lens or self.lens
+        inputs, records = {**self.inputs(samples), **self.arguments}, as_records(record)
+        extent = seen.extent(**inputs)
+        calls = {(cell.step, cell.branch) for one in records for cell in one.selector.cells(extent)}
+        answers = {place: answer for place, answer in clean.answers().items() if place not in calls}
+        # Another model's answers lead elsewhere: every step takes the latents of the clean run again.
+        edits = [ReplaceLatents("all", donor=clean)] if lens is not None else []
+        return seen.run(**inputs, seed=list(seeds), record=records, edits=edits, answers=answers, decode=False)
 
     def _make(self, samples: Sequence[Any], seeds: Sequence[int]) -> None:
         run = self.lens.run(**{**self.inputs(samples), **self.arguments}, seed=list(seeds))

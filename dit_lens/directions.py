@@ -232,9 +232,12 @@ class Eraser:
         centred = (targets - targets.mean(axis=0)) / np.where(targets.std(axis=0) > 0, targets.std(axis=0), 1)
         readable, size, _ = scipy.linalg.svd(left.T @ centred, full_matrices=False)
         space = readable[:, size > max(wide.shape) * np.finfo(np.float64).eps * np.linalg.norm(centred)]
+        # A channel that never varies has no part in it, and not the 1e-17 that rounding leaves: a probe that gives every channel
+        # the same spread would read the label from that.
+        varies = np.ptp(wide, axis=0) > 0
         return Eraser(
             mean=torch.from_numpy(mean),
-            left=torch.from_numpy(basis.T @ (spread[:, None] * space)),
+            left=torch.from_numpy(np.where(varies[:, None], basis.T @ (spread[:, None] * space), 0.0)),
             right=torch.from_numpy((space / spread[:, None]).T @ basis),
             shape=tuple(rows.shape[1:]),
         )

@@ -6,6 +6,7 @@ where the run is, and counts. What cannot work is refused before any block has r
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -296,7 +297,7 @@ class Editor:
         now = [(index, edit) for index, edit in self._of(ReplaceLatents) if step in self._steps[index]]
         if not now:
             return None
-        forecast, claimed = self._extent.forecast, dict[int, int]()
+        forecast, claimed = self._extent.forecast, dict[tuple[int, int], int]()
         state = noise_state(self._scheduler, forecast.timesteps[step], step)
         if not math.isclose(state.sigma, forecast.sigmas[step], rel_tol=1e-4, abs_tol=1e-6):
             raise RuntimeError(
@@ -304,10 +305,11 @@ class Editor:
                 " the pipeline does not follow its scheduler's own timesteps, so noise cannot be matched to it"
             )
         for index, edit in now:
-            for frame in edit.chosen(latents.shape[2]) if edit.replaces else ():
-                if frame in claimed:
-                    self._exclude(claimed[frame], index, f"latent frame {frame} at step {step}")
-                claimed[frame] = index
+            frames, rows = edit.chosen(latents.shape[2]), edit.chosen_rows(latents.shape[0])
+            for row, frame in itertools.product(rows, frames) if edit.replaces else ():
+                if (row, frame) in claimed:
+                    self._exclude(claimed[row, frame], index, f"latent frame {frame} at step {step}")
+                claimed[row, frame] = index
             latents = edit.apply(Passage(step, state, latents, self._seeds, self._last_bet))
             self.fired[index] += 1
         return latents

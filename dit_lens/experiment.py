@@ -13,11 +13,13 @@ a manifest is a finished experiment.
 import inspect
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -101,18 +103,27 @@ class Context:
 
     def clean(self, samples: Sequence[Any], seeds: Sequence[int] = (0,), batch: int | None = None) -> Run:
         """Unedited runs of these samples and seeds, prompt-major; all experiments of a folder share them."""
-        return CleanRuns(self.lens, self.folder.parent / CLEAN, self.arguments).runs(samples, seeds, batch)
+        return self._clean_runs.runs(samples, seeds, batch)
 
-    def steps(self, inputs: Mapping[str, Any]) -> list[int]:
-        """The steps of a pipeline call at the ``places`` of the settings, 0 the first and 1 the last.
+    def observed(self, samples: Sequence[Any], record: Any, seeds: Sequence[int] = (0,), lens: Any = None) -> Run:
+        """The clean runs with records, made of the recorded calls only; see `CleanRuns.observed`."""
+        return self._clean_runs.observed(samples, record, seeds, lens)
+
+    @cached_property
+    def _clean_runs(self) -> CleanRuns:
+        return CleanRuns(self.lens, self.folder.parent / CLEAN, self.arguments)
+
+    def steps(self, inputs: Mapping[str, Any], places: Sequence[float] | None = None) -> list[int]:
+        """The steps of a pipeline call at the ``places`` of the settings, or at others; 0 is the first and 1 the last.
 
         Places, and not steps, so that one preset serves any schedule.
         """
-        outside = [place for place in self.settings.places if not 0 <= place <= 1]
+        places = list(self.settings.places if places is None else places)
+        outside = [place for place in places if not 0 <= place <= 1]
         if outside:
             raise InputError(f"places {outside} lie outside the schedule; write numbers from 0, the first step, to 1, the last")
         count = len(self.lens.forecast(**inputs).timesteps)
-        return sorted({round(place * (count - 1)) for place in self.settings.places})
+        return sorted({round(place * (count - 1)) for place in places})
 
     def clock(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Step, sigma, timestep and expert of the steps at the places of the settings."""
@@ -147,9 +158,16 @@ class Context:
         return {key: self._stored(self._path(stage, key)) for key in jobs}
 
     def discard(self, stage: str) -> None:
-        """Removes the parts of a stage whose bulk is no longer needed (activations, once they are probed)."""
+        """Removes the parts of a stage whose bulk is no longer needed (activations, once they are probed), and its folders."""
         for path in self.parts.glob(f"{stage}--*"):
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def scratch(self, stage: str, key: str) -> Path:
+        """A folder of a stage for what is no part (a store of activations); it is there until `discard`."""
+        return self.parts / f"{stage}--{key}"
 
     def figure(self, name: str, figure: Figure, title: str, caption: str, wide: bool = True) -> None:
         """A figure for the folder and the report. ``caption`` says what is shown, N and the interval; one that is not

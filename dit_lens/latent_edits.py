@@ -1,17 +1,19 @@
 """Edits of the latents that a step takes: noise put in, or the latents of another run.
 
-Latents are off the model's distribution where their noise is not that of the step. There are three ways to disturb them,
+Latents are off the model's distribution where their noise is not that of the step. There are four ways to disturb them,
 so that an effect of what was lost can be told from an effect of a wrong noise level or of a larger disturbance:
 
 | how | latents of the step become | keeps |
 |---|---|---|
 | `replace` | pure noise, or the donor's latents | nothing (a donor's latents have the noise level of the step) |
+| `mixed` | sqrt(1 - dose^2) * what they were + dose * noise | 1 - dose^2 of their energy |
 | `sigma_matched` | signal * x0-hat + noise * fresh noise, as the schedule mixes them at this step | the noise level |
 | `dose_matched` | what they were, plus noise whose L2 norm is `dose` times theirs | the size of the disturbance |
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,49 +54,63 @@ class ReplaceLatents:
     """Change the latents that a step takes.
 
     Noise is Gaussian and drawn on the CPU from `noise`, the row's seed and the step, for all frames at once: the noise of a
-    frame does not depend on which frames are named, nor on what runs beside the row.
+    frame does not depend on which frames are named, nor on what runs beside the row. Rows of one seed get the same noise,
+    unless `noise` gives each row its own.
 
     Attributes:
         step: index, list, slice or "all", as in `dl.at`. Step 0 takes the pipeline's initial noise.
         donor: a run of the same schedule and shape, of one row or as many as this run.
-        noise: a seed for fresh noise.
+        noise: a seed for fresh noise, or one for each row of the run.
         how: `replace`: by the donor's latents, or by standard normal noise, whatever the noise level.
             `sigma_matched`: by a clean video at the noise level of the step. The video is the x0-hat of the step before,
             which is the one that the latents of this step hold: the donor's, or without a donor this run's own; zeros at
-            step 0. The noise is fresh; without `noise`, it is what this run's latents hold beside their own video.
+            step 0. The noise is fresh; without `noise`, it is what this run's latents hold beside their own video; with a
+            `dose`, sqrt(1 - dose^2) of that and `dose` of fresh noise.
+            `mixed`: as `replace`, of which `dose` is taken and sqrt(1 - dose^2) of what was there: between independent
+            tensors of one norm, a share of dose^2 of the energy is new.
             `dose_matched`: add noise (with a donor, the difference to its latents) scaled to `dose` times the L2 norm of
             the row's latents, all frames of them, so that noise in one frame and in all is the same dose.
         frames: latent frames, as in `dl.at`; the others keep their bits. All when left out.
-        dose: for `dose_matched`.
+        dose: for `dose_matched`, in units of the norm; for `mixed` and, if wanted, `sigma_matched`, from 0 to 1.
+        rows: rows of the run; the others keep their bits. All when left out.
 
     Raises:
-        InputError: neither donor nor noise, both where one is meant, or a dose that is missing or not wanted.
+        InputError: neither donor nor noise, both where one is meant, or a dose that is missing, not wanted or out of range.
     """
 
     step: Indices
     donor: Run | None = None
-    noise: int | None = None
-    how: Literal["replace", "sigma_matched", "dose_matched"] = "replace"
+    noise: int | Sequence[int] | None = None
+    how: Literal["replace", "mixed", "sigma_matched", "dose_matched"] = "replace"
     frames: Indices = None
     dose: float | None = None
+    rows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.donor is None and self.noise is None:
             raise InputError(f"{self} needs what to put there: write donor=run, or noise=seed")
         if self.donor is not None and self.noise is not None and self.how != "sigma_matched":
             raise InputError(f"{self} has a donor and noise; write one of them, or how='sigma_matched', which can take both")
-        if (self.how == "dose_matched") != (self.dose is not None):
-            raise InputError(f"{self}: dose= belongs to how='dose_matched', in units of the latents' own norm")
+        optional = self.how == "sigma_matched" and self.noise is not None
+        if (self.how in ("dose_matched", "mixed")) != (self.dose is not None) and not optional:
+            raise InputError(
+                f"{self}: dose= belongs to how='dose_matched', in units of the latents' own norm, to how='mixed', and to"
+                " how='sigma_matched' with noise=, there from 0 to 1"
+            )
+        if self.dose is not None and self.how != "dose_matched" and not 0 <= self.dose <= 1:
+            raise InputError(f"{self}: dose={self.dose} is no share of the noise; write a number from 0 to 1")
 
     def __str__(self) -> str:
-        source = {"donor": "donor" if self.donor is not None else None, "noise": self.noise, "frames": self.frames}
+        noise = self.noise if self.noise is None or isinstance(self.noise, int) else f"[{len(self.noise)} seeds]"
+        donor, rows = None if self.donor is None else "donor", None if self.rows is None else f"[{len(self.rows)} rows]"
+        source = {"donor": donor, "noise": noise, "frames": self.frames, "rows": rows}
         shown = [f"{name}={value}" for name, value in source.items() if value is not None]
         return f"ReplaceLatents({', '.join([f'step={self.step!r}', *shown, f'how={self.how!r}'])})"
 
     @property
     def replaces(self) -> bool:
         """Whether what was there before has no part in the result."""
-        return self.how != "dose_matched"
+        return self.how in ("replace", "sigma_matched") and self.dose is None
 
     def steps(self, extent: Extent) -> list[int]:
         """The selected steps, in order."""
@@ -103,6 +119,19 @@ class ReplaceLatents:
     def chosen(self, frames: int) -> list[int]:
         """The selected frames among so many."""
         return at(frames=self.frames).places((frames, 1, 1)).flatten().tolist()
+
+    def chosen_rows(self, rows: int) -> list[int]:
+        """The selected rows among so many.
+
+        Raises:
+            InputError: there is no such row, none is selected, or `noise` has seeds for more or fewer rows.
+        """
+        chosen = list(range(rows)) if self.rows is None else sorted(set(self.rows))
+        if not chosen or chosen[0] < 0 or chosen[-1] >= rows:
+            raise InputError(f"{self}: this run has {rows} rows; write some of 0 to {rows - 1}")
+        if self.noise is not None and not isinstance(self.noise, int) and len(self.noise) != rows:
+            raise InputError(f"{self}: this run has {rows} rows; write one seed, or {rows} of them")
+        return chosen
 
     def check_run(self, steps: Sequence[int], forecast: Forecast, scheduler: str) -> None:
         """Before the run: the donor followed this schedule up to the selected steps."""
@@ -121,12 +150,23 @@ class ReplaceLatents:
         """The latents that the step takes instead."""
         latents = passage.latents.to(torch.promote_types(passage.latents.dtype, torch.float32))
         frames = torch.tensor(self.chosen(latents.shape[2]), device=latents.device)
-        new = {"replace": self._replaced, "sigma_matched": self._sigma_matched, "dose_matched": self._dosed}[self.how]
-        changed = new(passage, latents, frames).to(passage.latents)
-        return passage.latents.index_copy(2, frames, changed.index_select(2, frames))
+        rows = torch.tensor(self.chosen_rows(latents.shape[0]), device=latents.device)
+        ways = {
+            "replace": self._replaced,
+            "mixed": self._mixed,
+            "sigma_matched": self._sigma_matched,
+            "dose_matched": self._dosed,
+        }
+        changed = ways[self.how](passage, latents, frames).to(passage.latents)
+        written = passage.latents.index_copy(2, frames, changed.index_select(2, frames))
+        return passage.latents.index_copy(0, rows, written.index_select(0, rows))
 
     def _replaced(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
         return self._source(passage, latents)
+
+    def _mixed(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
+        dose = float(self.dose or 0)
+        return math.sqrt(1 - dose**2) * latents + dose * self._source(passage, latents)
 
     def _sigma_matched(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
         own = passage.x0_hat()
@@ -137,7 +177,8 @@ class ReplaceLatents:
         signal, scale = passage.state.signal, passage.state.noise
         if self.noise is None:
             return latents + signal * (clean - own)
-        return signal * clean + scale * self._drawn(self.noise, passage, latents)
+        dose, fresh = 1.0 if self.dose is None else self.dose, self._drawn(self.noise, passage, latents)
+        return signal * clean + dose * scale * fresh + math.sqrt(1 - dose**2) * (latents - signal * own)
 
     def _dosed(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
         source = self._source(passage, latents)
@@ -164,6 +205,7 @@ class ReplaceLatents:
             )
         return given.to(latents).expand_as(latents)
 
-    def _drawn(self, seed: int, passage: Passage, latents: Tensor) -> Tensor:
-        rows = [torch.randn(latents.shape[1:], generator=generator("latents", seed, row, passage.step)) for row in passage.seeds]
-        return torch.stack(rows).to(latents)
+    def _drawn(self, noise: int | Sequence[int], passage: Passage, latents: Tensor) -> Tensor:
+        shape, each = latents.shape[1:], [noise] * len(passage.seeds) if isinstance(noise, int) else noise
+        keys = [("latents", seed, row, passage.step) for seed, row in zip(each, passage.seeds, strict=True)]
+        return torch.stack([torch.randn(shape, generator=generator(*key)) for key in keys]).to(latents)

@@ -4,7 +4,8 @@ Three questions come back in every experiment. *Where did something move?* The m
 the board has gone from the first frame, averaged over the frames. *How undecided is the video?* The evidence for each legal
 answer, scaled to a distribution, has an entropy in bits and a number of answers that are still alive. *Does a block spend
 its energy on some region?* The share of energy inside a mask, divided by the share of the area that the mask covers, is 1
-where the block has no preference.
+where the block has no preference. *Do two states hold the same arrangement of tokens?* Linear CKA says how alike the
+similarities among tokens are, whatever the directions of the channels.
 """
 
 import numpy as np
@@ -77,3 +78,35 @@ def resized(
     planes = video.movedim(-1, 2).flatten(0, 2)
     pooled = adaptive_avg_pool2d(planes, (height, width))
     return pooled.unflatten(0, (len(video), video.shape[1], 3)).movedim(2, -1)
+
+
+def linear_cka(
+    one: Float[Tensor, "batch tokens channels"], other: Float[Tensor, "batch tokens other_channels"], rows: int = 32
+) -> Float[Tensor, " batch"]:
+    """Linear centred kernel alignment of two sets of features of the same tokens, row by row, in float64.
+
+    ||Y'X||^2 / (||X'X|| ||Y'Y||), Frobenius norms of features centred over the tokens (Kornblith et al., 2019, arXiv
+    1905.00414, section 3). It lies between 0 and 1; rotations and one scale for all channels leave it as it is. 1 - CKA is
+    the *dissimilarity*: 0 for the same state, 1 where nothing is alike. nan where a set does not vary over the tokens.
+
+    Args:
+        one, other: features, on one device. rows: how many rows of the batch are computed at a time.
+    """
+    found = [_linear_cka(x.double(), y.double()) for x, y in zip(one.split(rows), other.split(rows), strict=True)]
+    return torch.cat(found)
+
+
+def _linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    x, y = (features - features.mean(dim=1, keepdim=True) for features in (x, y))
+    scales = [features.flatten(1).norm(dim=1) for features in (x, y)]
+    # Of length 1, so that squares of squares neither overflow nor vanish.
+    x, y = (features / scale.view(-1, 1, 1) for features, scale in zip((x, y), scales, strict=True))
+    if x.shape[1] < max(x.shape[2], y.shape[2]):
+        # The same three numbers from the similarities among tokens: the smaller matrices where there are few tokens.
+        likeness = [features @ features.mT for features in (x, y)]
+        together = (likeness[0] * likeness[1]).sum(dim=(1, 2))
+        alone = [matrix.flatten(1).norm(dim=1) for matrix in likeness]
+    else:
+        together = (y.mT @ x).flatten(1).square().sum(dim=1)
+        alone = [(features.mT @ features).flatten(1).norm(dim=1) for features in (x, y)]
+    return together / (alone[0] * alone[1])

@@ -162,6 +162,54 @@ def heat_maps(
     return figure
 
 
+def heat_grid(
+    table: pd.DataFrame,
+    *,
+    row: str,
+    column: str,
+    x: str,
+    y: str,
+    value: str,
+    x_label: str,
+    row_labels: Mapping[Any, str],
+    value_labels: Mapping[Any, str],
+    y_order: Sequence[str],
+    limits: Mapping[Any, tuple[float, float]],
+    titles: Mapping[Any, str] | None = None,
+) -> Figure:
+    """Small heat maps: one panel per value of ``row`` and ``column``, with one colour scale for each row.
+
+    ``row_labels`` names the y axes and fixes the order of the rows; ``value_labels`` names their colours, and ``limits`` are the
+    ends of their scales. ``y_order`` are the values of ``y`` from below; one that the table lacks leaves a gap. ``x`` runs to
+    the right in order of appearance.
+    """
+    columns, places = list(dict.fromkeys(table[column])), list(dict.fromkeys(table[x]))
+    with mpl.rc_context({**LOOK, "axes.grid": False}):
+        wide, high = max(0.9, 0.17 * len(places)), max(1.6, 0.15 * len(y_order))
+        size = (2.3 + (wide + 0.15) * len(columns), 1.2 + (high + 0.15) * len(row_labels))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(row_labels), len(columns), sharex=True, sharey=True, squeeze=False)
+        for line, (name, label) in zip(axes, row_labels.items(), strict=True):
+            image = None
+            for axis, panel in zip(line, columns, strict=True):
+                here = table[(table[row] == name) & (table[column] == panel)]
+                grid = here.pivot(index=y, columns=x, values=value).reindex(list(y_order))[places].astype(float)
+                low, high = limits[name]
+                image = axis.imshow(grid, origin="lower", aspect="auto", cmap="cividis", vmin=low, vmax=high)
+                axis.set_xticks(range(len(places)), places, fontsize=6, rotation=90)
+                axis.set_yticks(range(len(y_order)), y_order, fontsize=6)
+                axis.tick_params(length=1.5)
+                if len(places) <= 4:
+                    _numbers(axis, grid.to_numpy(), limits[name])
+            line[0].set_ylabel(label, fontsize=8)
+            if image is not None:
+                figure.colorbar(image, ax=list(line), label=value_labels[name], shrink=0.9, pad=0.01)
+        for axis, panel in zip(axes[0], columns, strict=True):
+            axis.set_title((titles or {}).get(panel, str(panel)), fontsize=8)
+        figure.supxlabel(x_label, fontsize=9)
+    return figure
+
+
 def film(
     pictures: UInt8[np.ndarray, "rows columns height width 3"],
     row_labels: Sequence[str],

@@ -78,7 +78,9 @@ def _beside(source: Path) -> set[Path]:
 def scheduler_facts(lens: Any) -> dict[str, Any]:
     """Class and configuration of the pipeline's scheduler."""
     scheduler = lens.pipe.scheduler
-    return {"class": type(scheduler).__name__, "config": dict(scheduler.config)}
+    # Which of the values are defaults is listed in an order that differs from process to process.
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    return {"class": type(scheduler).__name__, "config": config}
 
 
 def model_facts(lens: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ therefore stands beside every interval.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -197,9 +198,11 @@ def in_words(summary: pd.DataFrame, digits: int = 2) -> str:
     return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
-def _resampled_counts(clusters: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples clusters"]:
-    """How often each cluster is drawn in each resample."""
-    return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+@lru_cache(maxsize=8)
+def _resampled_counts(clusters: int, resamples: int, seed: int) -> Float[np.ndarray, "resamples clusters"]:
+    """How often each cluster is drawn in each resample; drawn once for as many clusters."""
+    counts = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    return counts.astype(float)
 
 
 def _ends(resampled: Float[np.ndarray, " resamples"], level: float) -> tuple[float, float]:

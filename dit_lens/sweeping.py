@@ -9,8 +9,8 @@ itself, in the clean run of every pair, and each outcome measured.
 
 Work that does not change is not done twice. Steps before an edit come from the clean run, and so does a branch that the
 edit's first step leaves alone; blocks before the edited one are not run, their streams come from the clean run too. For an
-outcome of the same step (`velocity`, `x0_hat`) there is no run at all: the one call of the denoiser is made again. None of
-this changes a bit of the result (`reuse=False` is there to see that).
+outcome of the same step (`velocity`, `x0_hat`) there is no run at all: the one call of the denoiser is made again. Prompts and
+pictures are encoded once (`encoded_once`). None of this changes a bit of the result (`reuse=False` is there to see that).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 
 from dit_lens import plots
 from dit_lens.bench import SAME_STEP, Bench, Cost, EditOf, Outcome, cost_of, measured_rows
+from dit_lens.encoded import encoded_once
 from dit_lens.errors import InputError, listed
 from dit_lens.grid import Grid
 from dit_lens.lens import Lens
@@ -196,7 +198,11 @@ def swept(
     cost: Cost | None = None
     rows: list[dict[str, Any]] = []
     parts = batches(len(pairs), batch)
-    with tqdm(total=len(parts) * len(grid.points) * len(edits), desc="sweep", unit="edit", disable=not progress) as bar:
+    total = len(parts) * len(grid.points) * len(edits)
+    with (
+        encoded_once(lens.pipe) if reuse else nullcontext(),
+        tqdm(total=total, desc="sweep", unit="edit", disable=not progress) as bar,
+    ):
         for places in parts:
             decode = any(outcome.of == "video" for outcome in measured)
             runs = run_pairs(lens, [pairs[i] for i in places], places, seeds, keep_calls=True, decode=decode)

@@ -151,6 +151,8 @@ def attributed(lens: dl.Lens, pairs: Sequence[Any], settings: Settings) -> dict[
         "text": str(found),
         "spearman": asdict(found.spearman),
         "sign": asdict(found.sign),
+        "top": asdict(found.top),
+        "by_site": found.agreement("site").to_dict("records"),
         "calls": {"attribution": found.calls, "patching": found.calls_patching, "ratio": found.calls_patching / found.calls},
         "seconds_with_the_check": time.perf_counter() - begun,
         "sites": sites,

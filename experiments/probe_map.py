@@ -1,149 +1,110 @@
 """Probe map: what can be read from the stream, block by block and step by step (paper 2603.16870, sections 4.3 and 5).
 
-Linear probes read the tokens of the last latent frame, where the answer will stand. Every token inside a maze holds one
-room with its upper and left edge. Four targets, from perception to output, and a control:
+Ridge probes read the tokens of the last latent frame, where the answer will stand (of the middle one, for what is hidden
+there). They are asked the targets of every task: *perceptual* ones are seen in the first frame, *reasoning* ones follow from
+it, *consolidation* ones are what the model itself then wrote, right or wrong (`painted`: any square that its video changed).
+`which` asks, where answers differ and the model drew a legal one, for the answer that it drew. `probes.targets` has them all.
 
-* wall: both of the room's edges are walls (at least three of the token's four squares);
-* route: the room lies on the legal route (mazes with one);
-* which: of the rooms that some but not all legal routes pass, those on the route that the model itself then drew (mazes
-  with several, where it drew a legal one);
-* output: the room is painted in the model's own final video (mazes with one route);
-* control: every place in a maze of a size has a fixed random label. A probe's gain over it is its selectivity.
+Every sample has noise of its own: the stream carries the noise, and what samples share must not be on both sides of a split.
+Puzzles, with all their turned and mirrored copies and wordings, are either in training or in testing; penalties are chosen
+inside the training part. Beside every score stand
 
-Start and goal count for wall and control only: they lie on every route. Mazes, with all their turned and mirrored copies,
-are either in training or in testing. The baselines see no activation: the place of the room and the size of the maze; and
-these with the straight distances to start and goal and the number of open edges.
+* its control task (a random label for every place on the board) and its selectivity, the score less the control's;
+* shuffled labels, those of other samples at the same places;
+* an untrained model of the same architecture, run with the same prompts, pictures and noise along its own way, and asked
+  for what the trained one drew;
+* baselines without activations: the place; in mazes also the situation of the room; the noisy latents that the step takes.
+
+The timestep is a baseline too, and a dull one: within a step it is the same for all tokens, so it tells them apart by chance
+only. It is in the table, and in the figures as the line at chance.
+
+Few targets are looked at more closely, in fewer samples: by logistic, mass-mean and nonlinear probes and by code length.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 import dit_lens as dl
-from dit_lens import metrics, reasoner
-from dit_lens.errors import InputError
+from dit_lens import controls, reasoner
 from dit_lens.experiment import Context, Experiment, Part
-from dit_lens.reasoner import board
-from experiments import figures
-from experiments.figures import PLACE, PROBE, SITUATION
-from probes import fit_and_score
-from probes.rooms import place_control, place_features, room_table, situation_features
-
-ASKED = {"maze": ("wall", "route", "output", "control"), "maze-loops": ("which",)}
+from experiments import probe_figures as figures
+from experiments.probe_figures import TRAINED, UNTRAINED
+from probes.closer import Closer
+from probes.maps import PROBE, drawn_by, observe, read_map
+from probes.targets import ALL, HEADLINES, targets
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``mazes`` of each kind; ``places`` are points along the schedule; ``batch`` is rows per pipeline call."""
+    """``places`` are points along the schedule (0 the first step, 1 the last), and ``closer_places`` those of them where
+    ``closer_samples`` of the ``samples`` are looked at more closely; ``batch`` is rows per pipeline call. ``workers`` are
+    processes that fit probes, 0 for one on each core; the results do not depend on it."""
 
-    mazes: int = 40
-    batch: int = 8
-    places: tuple[float, ...] = (0, 0.05, 0.16, 0.42, 1)
-    branch: str = "cond"
+    tasks: tuple[str, ...] = ("maze",)
+    samples: int = 20
+    batch: int = 10
+    places: tuple[float, ...] = (0, 0.05)
+    branches: tuple[str, ...] = ("cond",)
     test_share: float = 0.5
+    closer_places: tuple[float, ...] = (0,)
+    closer_samples: int = 20
+    workers: int = 0
 
 
-def half(activation: Tensor, cell: dl.Cell) -> Tensor:
-    """Keeps the selected tokens in half precision, which is plenty for a linear probe."""
-    return activation.half()
-
-
-def observe(context: Context, samples: Sequence[Any], first: int) -> Part:
-    """One pipeline call: a row per room, and for every step the rooms' activations as (rooms, blocks, channels)."""
-    # A seed for every maze: what mazes share must not be on both sides of a split, and noise can be read from the stream.
-    seeds = [[first + place] for place in range(len(samples))]
-    inputs, branch = context.inputs(samples), context.settings.branch
-    record = dl.Record(dl.at(step=context.steps(inputs), branch=branch, frames=-1), reduce=half)
-    run = context.lens.run(**inputs, seed=seeds, record=record)
-    inside = np.stack([sample.puzzle.room_tokens for sample in samples])
-    if (run.layout.height, run.layout.width) != inside.shape[1:]:
-        raise InputError(
-            f"probe-map reads rooms from {inside.shape[1]} x {inside.shape[2]} tokens, and this run has"
-            f" {run.layout.height} x {run.layout.width}: write another --height and --width"
-        )
-    video = metrics.resized(run.video, *samples[0].image.size[::-1]).numpy()
-    routes = [score.which for score in samples[0].task.scores(video, samples)]
-    painted = board.read(video[:, -1]) != np.stack([sample.boards[0] for sample in samples])
-    rooms = [room_table(*maze) for maze in zip(samples, painted, routes, strict=True)]
-    arrays = {}
-    for step in context.steps(inputs):
-        stream = run.activations.stack(step=step, branch=branch)[:, 0, :, 0].numpy()  # block, maze, row, column, channel
-        arrays[f"step{step}"] = np.moveaxis(stream, 0, 3)[inside]
-    return Part(pd.concat(rooms, ignore_index=True), arrays)
-
-
-def probe(rooms: pd.DataFrame, features: np.ndarray, target: str, test_share: float) -> dict[str, Any]:
-    """The held-out score of one reader on the rooms that the target is asked of."""
-    if target == "control":
-        rooms = rooms.assign(control=place_control(rooms))
-    asked = rooms["contested"] & rooms["legal"] if target == "which" else np.ones(len(rooms), dtype=bool)
-    asked &= ~rooms["end"] | (target in ("wall", "control"))
-    labels, groups = (
-        rooms.loc[asked, target].to_numpy(dtype=bool),
-        rooms.loc[asked, "group"].to_numpy(dtype=str),
-    )
-    return {"target": target, **asdict(fit_and_score(features[asked], labels, groups, test_share))}
-
-
-def probe_step(context: Context, observed: Mapping[str, Part], task: str, clock: dict[str, Any]) -> Part:
-    """All probes of a task at one step: a row per block and target."""
-    parts = [part for key, part in observed.items() if key.startswith(f"{task}_")]
-    rooms = pd.concat([part.table for part in parts], ignore_index=True)
-    stream = np.concatenate([part.arrays[f"step{clock['step']}"] for part in parts])
-    rows = []
-    for block in range(stream.shape[1]):
-        where = {"task": task, "reader": PROBE, **clock, "block": block, "depth": block / stream.shape[1]}
-        rows += [where | probe(rooms, stream[:, block], t, context.settings.test_share) for t in ASKED[task]]
-    return Part(pd.DataFrame(rows))
-
-
-def probe_baselines(context: Context, observed: Mapping[str, Part], task: str) -> Part:
-    """What can be said of a task's rooms without any activation: a row per baseline and target."""
-    rooms = pd.concat([part.table for key, part in observed.items() if key.startswith(f"{task}_")], ignore_index=True)
-    rows = []
-    for reader, features in ((PLACE, place_features(rooms)), (SITUATION, situation_features(rooms))):
-        where = {"task": task, "reader": reader}
-        rows += [where | probe(rooms, features, t, context.settings.test_share) for t in ASKED[task]]
-    return Part(pd.DataFrame(rows))
+def read(context: Context, task: str, untrained: Callable[[], Any] | None = None) -> Part:
+    """Observe all samples of a task, and read every target at every cell: of the trained model, or of another one."""
+    settings = context.settings
+    samples = [reasoner.task(task).sample("test", index) for index in range(settings.samples)]
+    inputs = context.inputs(samples[:1])
+    steps = context.steps(inputs)
+    record = dl.at(step=steps, branch=list(settings.branches))
+    look = {"frames": {target.frame for target in targets(task)}, "batch": settings.batch, **context.arguments}
+    shared = {"test_share": settings.test_share, "workers": settings.workers}
+    closer_steps = context.steps(inputs, settings.closer_places)
+    shared["closer"] = Closer(HEADLINES[task], tuple(closer_steps), settings.closer_samples)
+    trained = dl.Store(context.scratch("activations", f"{task}-trained"))
+    observe(context.lens, trained, samples, record, **look)
+    if untrained is None:
+        table = read_map(trained, samples, **shared)
+    else:
+        # What it would draw is of no interest, so it stops after the last step that is read.
+        other = dl.Store(context.scratch("activations", f"{task}-untrained"))
+        observe(untrained(), other, samples, record, **look, decode=False, until=max(steps))
+        table = read_map(other, samples, drawn=drawn_by(trained, samples), baselines=False, **shared)
+    table["reader"] = table["reader"].replace(PROBE, TRAINED if untrained is None else UNTRAINED)
+    return Part(table.assign(task=task))
 
 
 def run(context: Context) -> pd.DataFrame:
-    settings = context.settings
-    runs, probes, observed = {}, {}, {}
-    for task in ASKED:
-        mazes = [reasoner.task(task).sample("test", i) for i in range(settings.mazes)]
-        for first in range(0, len(mazes), settings.batch):
-            runs[f"{task}_{first:03d}"] = partial(observe, context, mazes[first : first + settings.batch], first)
-        for clock in context.clock(context.inputs(mazes[:1])):
-            clock |= {"branch": settings.branch}
-            probes[f"{task}_step{clock['step']:02d}"] = partial(probe_step, context, observed, task, clock)
-        probes[f"{task}_baselines"] = partial(probe_baselines, context, observed, task)
-    # Activations are large, and needed only while some probe is still to be trained.
-    if not context.has("probes", list(probes)):
-        observed.update(context.units("activations", runs))
-    results = pd.concat([part.table for part in context.units("probes", probes).values()], ignore_index=True)
-    results = results.astype({"step": "Int64", "block": "Int64"})  # none for a baseline
-    control = results[results["target"] == "control"].set_index(["reader", "step", "block"])["estimate"]
-    readers = pd.MultiIndex.from_frame(results[["reader", "step", "block"]])
-    results["selectivity"] = results["estimate"] - control.reindex(readers).to_numpy()
-    context.discard("activations")
-    figures.probe_scores(context, results.rename(columns={"estimate": "mean"}))
-    return results.rename(columns={"estimate": "auc"})
+    @cache
+    def untrained() -> Any:
+        return dl.wrap(controls.random_weights(context.lens.pipe), engine=context.lens.engine)
+
+    parts = []
+    for task in context.settings.tasks:
+        jobs = {"trained": partial(read, context, task), "untrained": partial(read, context, task, untrained)}
+        parts += context.units(task, jobs).values()
+        # Activations are large, and needed only until their task is read.
+        context.discard("activations")
+    results = pd.concat([part.table for part in parts], ignore_index=True)
+    results = results.astype({"step": "Int64", "block": "Int64"})  # no block for a baseline
+    figures.draw(context, results)
+    return results
 
 
 EXPERIMENT = Experiment(
     name="probe-map",
     title="Probe map",
     source="sections 4.3 and 5 of arXiv 2603.16870 (a probe of claims made there from pictures)",
-    question="What can be read from the tokens at each block and step: the walls, the route, the choice, the output?",
+    question="What can be read from the tokens at each block and step: what is seen, what follows from it, what is drawn?",
     presets={
         "quick": Settings(),
-        "full": Settings(mazes=256, batch=64, places=tuple(np.linspace(0, 1, 10).tolist())),
+        "full": Settings(tasks=ALL, samples=256, batch=64, places=tuple(np.linspace(0, 1, 10).tolist()), closer_samples=96),
     },
     run=run,
 )

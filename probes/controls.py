@@ -75,8 +75,8 @@ def read_with_controls(
         One row per question: `target`, `kind`, `estimate`, `low`, `high`, `clusters`, `measurements`, `penalty`; `control` and
         `shuffled`, the scores of these; and `selectivity`.
     """
-    controls = [control_task(question, kinds, seed) for question in questions]
-    mixed = [shuffled(question, samples, kinds, seed) for question in questions]
+    controls = [replace(control_task(question, kinds, seed), interval=False) for question in questions]
+    mixed = [replace(shuffled(question, samples, kinds, seed), interval=False) for question in questions]
     readings = read_all(features, [*questions, *controls, *mixed], groups, test, **search)
     rows = []
     for place, question in enumerate(questions):

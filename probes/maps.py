@@ -6,69 +6,39 @@
 
 Runs are streamed to a store and cells read from it one by one, so that the activations of a thousand clips are never in
 memory together. What is stored already is not run again. Each reading stands beside its control task and shuffled labels
-(see `controls`), and beside baselines that see no activation: the token's place, and the noisy latents that the step takes.
-An untrained model is observed into a store of its own, and its table joined.
+(see `controls`), and beside baselines that see no activation (see `baselines`). An untrained model is observed into a store of
+its own, and asked for what the trained one drew:
+
+    untrained = read_map(other, samples, drawn=drawn_by(store, samples), baselines=False)
+
+Whatever shares a puzzle (the tokens and frames of a clip, wordings of a sample, its turned and mirrored copies) is on one side
+of every split; `check_split` refuses all else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Shaped
+from sklearn.utils.parallel import Parallel, delayed
 from tqdm.auto import tqdm
 
 import dit_lens as dl
-from dit_lens import metrics
 from dit_lens.errors import InputError
-from dit_lens.reasoner import board
-from probes.controls import read_with_controls
+from probes.baselines import LATENTS, PLACE, SITUATION, TIMESTEP, latents, place, situation, timestep
+from probes.cells import CELL, LEVELS, CellReader, Frame
+from probes.closer import Closer
 from probes.linear import split_groups
-from probes.targets import Drawn, Target, questions, targets
+from probes.observed import drawn_by, kept_of, observe, rows_of, task_of
+from probes.ridge import Question
+from probes.targets import MAZES, Drawn, Target, questions, targets
 
-CELL = ["expert", "step", "branch", "block", "site", "stream"]
-LEVELS = ["sigma", "timestep", "depth"]
-PROBE, PLACE, LATENTS = "probe", "place only", "noisy latents"
+__all__ = ["LATENTS", "PLACE", "PROBE", "SITUATION", "TIMESTEP", "check_split", "drawn_by", "observe", "read_map"]
 
-
-def half(activation: Tensor, cell: dl.Cell) -> Tensor:
-    """Keeps everything in half precision, which is plenty for a probe."""
-    return activation.half()
-
-
-def observe(
-    lens: dl.Lens,
-    store: dl.Store,
-    samples: Sequence[Any],
-    record: dl.Selector,
-    *,
-    batch: int = 16,
-    progress: bool = True,
-    **arguments: Any,
-) -> None:
-    """Run samples of one task and keep their activations; those that the store holds of this model are not run again.
-
-    Every sample has noise of its own, by its number: what samples share must not be on both sides of a split.
-
-    Args:
-        samples: of the reasoner, of one task. record: what to keep, whole latent frames. arguments: pipeline arguments that
-            override the samples' own.
-    """
-    name = _task(samples).name
-    known = store.rows
-    done = set(known.loc[(known["task"] == name) & (known["model"] == lens.hash), "sample"]) if len(known) else set()
-    missing = [sample for sample in samples if sample.index not in done]
-    for first in tqdm(range(0, len(missing), batch), desc=f"observing {name}", unit="call", disable=not progress):
-        group = missing[first : first + batch]
-        labels = {"task": name, "sample": [s.index for s in group], "group": [s.group for s in group]}
-        with store.writing(lens.hash, **labels) as part:
-            inputs = {**dl.reasoner.inputs(group), **arguments}
-            run = lens.run(**inputs, seed=[[s.index] for s in group], record=part.streamed(dl.Record(record, reduce=half)))
-            part.keep(run)
+PROBE = "probe"
 
 
 def read_map(
@@ -79,107 +49,132 @@ def read_map(
     test_share: float = 0.5,
     seed: int = 0,
     progress: bool = True,
+    model: str | None = None,
+    groups: Sequence[str] | None = None,
+    drawn: Sequence[Drawn] | None = None,
+    baselines: bool = True,
+    closer: Closer | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Read every target at every cell that the store holds of these samples' task.
 
     Args:
-        samples: those that were observed. asked: which targets; all of the task when left out.
+        samples: those that were observed. asked: which targets. All of the task when left out; of these, what cannot be asked of
+            this model is nan.
+        test_share: share of the groups to test on. seed: of the split and the controls.
+        model: the hash of the model, where the store holds runs of several. groups: for every sample a name of what must not
+            be divided; the puzzle up to symmetry when left out.
+        drawn: what is asked for as drawn, for every sample; by the stored runs when left out.
+        baselines: whether to read those too. closer: what to look at more closely.
+        workers: processes that read cells; 0 for one on each core. The table does not depend on it.
 
     Returns:
         One row for each cell, reader and target: the cell with its sigma, timestep and depth, `reader` (the probe, or a baseline,
-        which has no block), `content` of the target, and the columns of `read_with_controls`.
+        which has no block), `content` of the target, the columns of `read_with_controls`, and those of `Closer.look`.
 
     Raises:
-        InputError: the store lacks a sample, or holds other tokens than those of a board.
+        InputError: the store lacks a sample, holds it of several models or without a frame that a target reads, or holds other
+            tokens than those of a board; samples of one puzzle are in different groups; the training part has fewer groups than
+            there are folds; labels off the layout; a target among `asked` has no labels, or those of one class only, in the
+            training or the test part; `groups` or `drawn` has not one entry for each sample.
     """
-    task = _task(samples)
-    asked = targets(task.name) if asked is None else list(asked)
-    by_number = {sample.index: sample for sample in samples}
-    rows = store.rows[store.rows["task"] == task.name]
-    lacking = sorted(set(by_number) - set(rows["sample"]))
-    if lacking:
-        raise InputError(
-            f"the store lacks {len(lacking)} of {len(samples)} samples of {task.name}, as {lacking[0]}: observe them"
-        )
-    drawn = _drawn(store, rows, by_number)
+    task = task_of(samples)
+    wanted = targets(task.name) if asked is None else list(asked)
+    for name, given in (("groups", groups), ("drawn", drawn)):
+        if given is not None and len(given) != len(samples):
+            raise InputError(f"{name}= has {len(given)} entries, and there are {len(samples)} samples: write one for each")
+    names = [sample.group for sample in samples] if groups is None else list(groups)
+    check_split(samples, names)
+    _, numbered = np.unique(names, return_inverse=True)
+    rows = rows_of(store, samples, model)
+    drawn = drawn_by(store, samples, model) if drawn is None else drawn
+    found, (train, test) = questions(wanted, samples, drawn), split_groups(numbered, test_share, seed)
+    if asked is not None:
+        _check_answerable(found, samples, {"training": train, "test": test})
+    frames, contents = zip(*[(target.frame, target.content) for target in wanted], strict=True)
+    known = {"task": task.name, "model": rows["model"].iloc[0]}
+    numbers = [sample.index for sample in samples]
+    reader = CellReader(store, known, numbers, found, frames, contents, kept_of(rows), numbered, test, seed, closer)
     index = store.index[store.index["run"].isin(rows["run"])]
     cells = index.drop_duplicates(CELL)[CELL + LEVELS]
-    found: list[pd.DataFrame] = []
-    steps: set[tuple[int, str]] = set()
-    for cell in tqdm(
-        cells.itertuples(index=False), total=len(cells), desc=f"reading {task.name}", unit="cell", disable=not progress
-    ):
-        place = {axis: getattr(cell, axis) for axis in CELL}
-        stack, labels = store.stack(**{k: v for k, v in place.items() if k != "expert"}, task=task.name, sample=list(by_number))
-        there = [by_number[number] for number in labels["sample"]]
-        levels = {level: getattr(cell, level) for level in LEVELS}
-        stream = np.asarray(stack.float())
-        if stream.ndim != 5 or stream.shape[2:4] != (board.SQUARES // board.TOKEN,) * 2:
-            raise InputError(f"a map of targets needs whole frames of 8 x 8 tokens, and the store holds {stream.shape[1:]}")
-        known = [drawn[sample.index] for sample in there]
-        for frame in dict.fromkeys(target.frame for target in asked):
-            here = [target for target in asked if target.frame == frame]
-            features = _tokens(stream, frame)
-            found.append(_read(features, here, there, known, test_share, seed).assign(**place, **levels, reader=PROBE))
-            if (place["step"], place["branch"]) not in steps:
-                baselines = {PLACE: np.tile(np.eye(64), (len(there), 1)), LATENTS: _noisy(store, labels, place["step"], frame)}
-                for reader, seen in baselines.items():
-                    table = _read(seen, here, there, known, test_share, seed)
-                    same = {key: place[key] for key in ("expert", "step", "branch")}
-                    found.append(table.assign(**same, sigma=levels["sigma"], timestep=levels["timestep"], reader=reader))
-        steps.add((place["step"], place["branch"]))
-    return pd.concat(found, ignore_index=True)
+    jobs: list[Any] = [delayed(reader.cell)({**axes, "reader": PROBE}) for axes in cells.to_dict("records")]
+    if baselines:
+        jobs += [delayed(reader.read)(*job) for job in _baselines(store, rows, samples, cells, set(frames))]
+    tables = Parallel(n_jobs=workers or -1, return_as="generator")(jobs)
+    bar = tqdm(tables, total=len(jobs), desc=f"reading {task.name}", unit="cell", disable=not progress)
+    return _at_every_step(pd.concat(bar, ignore_index=True), cells)
 
 
-def _read(
-    features: np.ndarray, asked: Sequence[Target], samples: Sequence[Any], drawn: Sequence[Drawn], test_share: float, seed: int
-) -> pd.DataFrame:
-    """All of these targets from these features of all tokens."""
-    tokens = len(features) // len(samples)
-    groups = np.repeat([sample.group for sample in samples], tokens)
-    _, test = split_groups(groups, test_share, seed)
-    numbers, places = np.repeat([sample.index for sample in samples], tokens), np.tile(np.arange(tokens), len(samples))
-    table = read_with_controls(features, questions(asked, samples, drawn), groups, test, numbers, places, seed)
-    return table.assign(content=[target.content for target in asked])
+def check_split(samples: Sequence[Any], parts: Shaped[np.ndarray, " samples"] | Sequence[Any]) -> None:
+    """Refuse a split, or groups to split by, that part what belongs together: the same puzzle up to symmetry.
+
+    Args:
+        samples: one for each row: rows of a table, tokens, frames. parts: the part of every row: whether it is for testing, a
+            fold, a group. What the samples themselves give as their group is not trusted.
+
+    Raises:
+        InputError: one puzzle, turned, mirrored or worded otherwise, is in two parts; it names two samples.
+    """
+    names: dict[int, bytes] = {}
+    first: dict[bytes, tuple[Any, Any]] = {}
+    for sample, part in zip(samples, parts, strict=True):
+        if id(sample) not in names:
+            names[id(sample)] = sample.task.name.encode() + sample.task.canonical(sample.puzzle)
+        other, there = first.setdefault(names[id(sample)], (sample, part))
+        if part != there:
+            raise InputError(
+                f"samples {other.index} and {sample.index} of {sample.task.name} are one puzzle up to symmetry, and are in"
+                f" different parts, {there} and {part}: split by `Sample.group`"
+            )
 
 
-def _tokens(
-    stream: Float[np.ndarray, "rows frames height width channels"], frame: int | None
-) -> Float[np.ndarray, "tokens channels"]:
-    """The tokens of one latent frame: sample by sample, row by row. Where one frame was recorded, it is that one."""
-    count = stream.shape[1]
-    place = 0 if count == 1 else count // 2 if frame is None else frame
-    return rearrange(stream[:, place], "rows y x c -> (rows y x) c")
-
-
-def _noisy(store: dl.Store, labels: pd.DataFrame, step: int, frame: int | None) -> Float[np.ndarray, "tokens channels"]:
-    """The latents that a step takes, for every token the four places that it covers."""
-    parts = []
-    for number, rows in labels.groupby("run", sort=False):
-        latents = store.run(int(str(number))).latents[step][rows["row"].tolist()]
-        chosen = latents[:, :, latents.shape[2] // 2 if frame is None else frame]
-        parts.append(rearrange(chosen.numpy(), "rows c (y py) (x px) -> (rows y x) (c py px)", py=2, px=2))
-    return np.concatenate(parts)
-
-
-def _drawn(store: dl.Store, rows: pd.DataFrame, samples: dict[int, Any]) -> dict[int, Drawn]:
-    """What the model drew in every sample's run."""
-    found = {}
+def _baselines(
+    store: dl.Store, rows: pd.DataFrame, samples: Sequence[Any], cells: pd.DataFrame, frames: set[Frame]
+) -> list[tuple[dict[Frame, np.ndarray], dict[str, Any]]]:
+    """Features by latent frame, and labels, of what sees no activation; without a step where all steps have the same."""
+    steps = cells.drop_duplicates("step")
+    blind: list[tuple[str, Callable[[], np.ndarray]]] = [(PLACE, lambda: place(samples))]
+    if samples[0].task.name in MAZES:
+        blind.append((SITUATION, lambda: situation(samples)))
+    blind.append((TIMESTEP, lambda: timestep(samples, float(steps["timestep"].iloc[0]))))
+    jobs: list[Any] = [(dict.fromkeys(frames, features()), {"reader": reader}) for reader, features in blind]
+    taken: dict[tuple[int, Frame], dict[int, np.ndarray]] = {(step, frame): {} for step in steps["step"] for frame in frames}
     for number, part in rows.groupby("run"):
         run = store.run(int(str(number)))
-        assert run.video is not None  # observed runs are decoded
-        for row, index in zip(part["row"], part["sample"], strict=True):
-            if index in samples:
-                sample = samples[index]
-                video = metrics.resized(run.video[[row]], *sample.image.size[::-1]).numpy()
-                which = sample.task.scores(video, [sample])[0].which
-                latents = rearrange(run.latents[-1][row, :, -1].numpy(), "c (y py) (x px) -> c y x (py px)", py=2, px=2)
-                found[index] = Drawn(board.read(video[0, -1]), which, latents.mean(-1))
-    return found
+        for (step, frame), of in taken.items():
+            seen = latents(run.latents[step][part["row"].tolist()].numpy(), frame)
+            of |= dict(zip(part["sample"], np.split(seen, len(part)), strict=True))
+    for step in steps["step"]:
+        seen = {frame: np.concatenate([taken[step, frame][sample.index] for sample in samples]) for frame in frames}
+        jobs.append((seen, {"reader": LATENTS, "step": step}))
+    return jobs
 
 
-def _task(samples: Sequence[Any]) -> Any:
-    names = {sample.task.name for sample in samples}
-    if len(names) != 1:
-        raise InputError(f"a map is of samples of one task, and these are of {sorted(names)}")
-    return samples[0].task
+def _at_every_step(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """The table with a row of every baseline for each step and branch of the cells."""
+    at = cells.drop_duplicates(["expert", "step", "branch"])[["expert", "step", "branch", "sigma", "timestep"]]
+    probed, blind = table[table["reader"] == PROBE], table[table["reader"] != PROBE]
+    if blind.empty:
+        return table
+    own = blind["step"].notna()
+    clock = [name for name in at if name in blind]
+    each = blind[own].drop(columns=[name for name in clock if name != "step"]).astype({"step": at["step"].dtype})
+    parts = [probed, blind[~own].drop(columns=clock).merge(at, how="cross"), each.merge(at, on="step")]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _check_answerable(asked: Sequence[Question], samples: Sequence[Any], parts: dict[str, Bool[np.ndarray, " samples"]]) -> None:
+    """An InputError where a target has nothing to learn or to score."""
+    for question in asked:
+        labels = np.asarray(question.values, dtype=float).reshape(len(samples), -1)
+        about = f"the target {question.name!r} of {samples[0].task.name}"
+        if np.isnan(labels).all():
+            raise InputError(f"{about} is nan for every token of all {len(samples)} samples, as {samples[0].index}: label some")
+        for part, inside in parts.items():
+            values = np.unique(labels[inside][~np.isnan(labels[inside])])
+            if len(values) < 2:
+                there = [sample.index for sample, row in zip(samples, inside, strict=True) if row]
+                raise InputError(
+                    f"{about} has {f'only the label {values[0]:g}' if len(values) else 'no label'} in all {len(there)} {part}"
+                    f" samples, as {there[0]}: add samples that differ, or leave the target out"
+                )

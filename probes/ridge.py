@@ -41,11 +41,13 @@ class Question:
     Attributes:
         name: what tables call it. kind: `binary`, `classes` or `number`.
         values: one per row: booleans, class numbers or numbers. Rows with nan are not asked.
+        interval: whether its score has an interval; bootstrapped, these take longer than all else.
     """
 
     name: str
     kind: Kind
     values: Shaped[np.ndarray, " rows"]
+    interval: bool = True
 
     @property
     def asked(self) -> Bool[np.ndarray, " rows"]:
@@ -93,7 +95,7 @@ def read_all(
         test: the test rows.
 
     Raises:
-        InputError: a group is on both sides of the test split, or lengths that differ.
+        InputError: a group is on both sides of the test split, fewer training groups than folds, or lengths that differ.
     """
     lengths = {len(features), len(groups), len(test), *(len(question.values) for question in questions)}
     if len(lengths) > 1:
@@ -101,6 +103,12 @@ def read_all(
     both = np.intersect1d(groups[test], groups[~test])
     if len(both):
         raise InputError(f"{len(both)} groups are in training and in testing, the first is {both[0]}: split by group")
+    count = len(np.unique(groups[~test]))
+    if count < folds:
+        raise InputError(
+            f"the search for a penalty takes {folds} folds of whole groups, and {count} groups are for training:"
+            " observe more samples, or write fewer folds"
+        )
     features = np.asarray(features, dtype=np.float64)
     # Questions of the same rows share all that depends on features.
     shared: dict[bytes, list[Question]] = {}
@@ -138,24 +146,23 @@ def _read_together(
     parts = [_Sums.of(x[fold_of == fold], y[fold_of == fold]) for fold in range(folds)]
     total = sum(parts[1:], start=parts[0])
     for fold in range(folds):
-        solved = (total - parts[fold]).solved(penalties)
+        weights, offsets = (total - parts[fold]).solved(penalties)
         inside = fold_of == fold
-        for place, (weights, offsets) in enumerate(solved):
-            guesses = x[inside] @ weights.T + offsets
-            for number, question in enumerate(learnable):
-                span = slice(spans[number], spans[number + 1])
-                scores[fold, place, number] = _score(question.kind, guesses[:, span], y[inside, span])
+        guesses = np.tensordot(x[inside], weights, axes=(1, 2)) + offsets
+        for number, question in enumerate(learnable):
+            span = slice(spans[number], spans[number + 1])
+            scores[fold, :, number] = _scores(question.kind, guesses[..., span], y[inside, span])
     # A class may be missing in a fold, which then says nothing; a tie goes to the smaller penalty, as in scikit-learn.
     mean = np.nanmean(np.where(np.isnan(scores).all(axis=0), 0, scores), axis=0)
     chosen = mean.argmax(axis=0)
-    solved = total.solved(penalties)
+    weights, offsets = total.solved(penalties)
     found: dict[str, Reading] = {}
     for number, question in enumerate(learnable):
         span = slice(spans[number], spans[number + 1])
-        weights, offsets = solved[chosen[number]]
-        guesses = features[held] @ weights[span].T + offsets[span]
+        best = chosen[number]
+        guesses = features[held] @ weights[best, span].T + offsets[best, span]
         score = _interval(question, guesses, train, held, groups[held])
-        found[question.name] = Reading(question.name, score, penalties[chosen[number]], weights[span])
+        found[question.name] = Reading(question.name, score, penalties[best], weights[best, span])
     return [found.get(question.name, Reading(question.name, nothing, np.nan, empty)) for question in questions]
 
 
@@ -181,7 +188,7 @@ class _Sums:
 
     def solved(
         self, penalties: Sequence[float]
-    ) -> list[tuple[Float[np.ndarray, "columns channels"], Float[np.ndarray, " columns"]]]:
+    ) -> tuple[Float[np.ndarray, "penalties columns channels"], Float[np.ndarray, "penalties columns"]]:
         """Weights of the features as they came, and offsets, for every penalty."""
         mean_x, mean_y = self.x / self.rows, self.y / self.rows
         covariance = self.xx / self.rows - np.outer(mean_x, mean_x)
@@ -192,33 +199,33 @@ class _Sums:
         target = (self.xy - np.outer(mean_x, self.y)) / scale[:, None]
         values, vectors = scipy.linalg.eigh(standard)
         turned = vectors.T @ target
-        solutions = []
-        for penalty in penalties:
-            weights = (vectors @ (turned / (values.clip(0) + penalty)[:, None])).T / scale
-            solutions.append((weights, mean_y - weights @ mean_x))
-        return solutions
+        weights = np.stack([(vectors @ (turned / (values.clip(0) + penalty)[:, None])).T / scale for penalty in penalties])
+        return weights, mean_y - weights @ mean_x
 
 
 def _varies(question: Question, rows: Bool[np.ndarray, " rows"]) -> bool:
     return len(np.unique(np.asarray(question.values, dtype=float)[rows])) > 1
 
 
-def _score(kind: Kind, guesses: Float[np.ndarray, "rows columns"], truth: Float[np.ndarray, "rows columns"]) -> float:
-    """The area under the ROC curve, of several classes the mean over those that occur; or R2."""
+def _scores(
+    kind: Kind, guesses: Float[np.ndarray, "rows penalties columns"], truth: Float[np.ndarray, "rows columns"]
+) -> Float[np.ndarray, " penalties"]:
+    """The area under the ROC curve, of several classes the mean over those that occur; or R2. Nan where nothing varies.
+
+    The areas come from ranks, of all penalties and classes at once (sklearn.metrics.roc_auc_score is the oracle in the tests).
+    """
     if kind == "number":
         spread = ((truth - truth.mean(axis=0)) ** 2).sum()
-        return float(1 - ((truth - guesses) ** 2).sum() / spread) if spread else np.nan
-    areas = [
-        _area(guess, label > 0) for guess, label in zip(guesses.T, truth.T, strict=True) if 0 < (label > 0).sum() < len(label)
-    ]
-    return float(np.mean(areas)) if areas else np.nan
-
-
-def _area(guesses: Float[np.ndarray, " rows"], truth: Bool[np.ndarray, " rows"]) -> float:
-    """The area under the ROC curve, from ranks (sklearn.metrics.roc_auc_score is the oracle in the tests)."""
-    positive = int(truth.sum())
-    ranks: Float[np.ndarray, " rows"] = rankdata(guesses)
-    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * (len(truth) - positive)))
+        return 1 - ((truth[:, None] - guesses) ** 2).sum(axis=(0, 2)) / (spread or np.nan)
+    positive = truth > 0
+    count = positive.sum(axis=0)
+    there = (count > 0) & (count < len(truth))
+    if not there.any():
+        return np.full(guesses.shape[1], np.nan)
+    count, positive = count[there], positive[:, there]
+    ranks: Float[np.ndarray, "rows penalties columns"] = rankdata(guesses[..., there], axis=0)
+    won = np.einsum("rpc,rc->pc", ranks, positive.astype(float)) - count * (count + 1) / 2
+    return (won / (count * (len(truth) - count))).mean(axis=1)
 
 
 def _interval(
@@ -230,6 +237,8 @@ def _interval(
 ) -> Interval:
     """The score on the test rows, with its interval over groups."""
     values = np.asarray(question.values, dtype=float)
+    if not question.interval:
+        groups = np.zeros(len(groups))
     if question.kind == "number":
         return r2_interval(guesses[:, 0], values[held], groups)
     if question.kind == "binary":

@@ -21,6 +21,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
 
+from dit_lens.errors import InputError
 from dit_lens.reasoner.board import SHAPES, SQUARES, TOKEN, Colour, tokens
 from dit_lens.reasoner.tasks.maze import walkable
 from dit_lens.reasoner.tasks.pattern import COLOURS, SIZES
@@ -33,6 +34,16 @@ MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Up, down, left, right: the classes of `next move`."""
 MAZES = ("maze", "maze-loops")
 ALL = (*MAZES, "circle", "tictactoe", "permanence", "pattern", "bounce")
+HEADLINES = {
+    "maze": ("wall", "route", "painted"),
+    "maze-loops": ("wall", "which", "painted"),
+    "circle": ("shape", "chosen", "painted"),
+    "tictactoe": ("colour", "winning", "which", "painted"),
+    "permanence": ("shape", "hidden place", "final colour"),
+    "pattern": ("colour", "next", "painted"),
+    "bounce": ("wall", "flight", "painted"),
+}
+"""Targets that stand for what is perceived, concluded and written in a task."""
 STAYS = tuple(task for task in ALL if task != "permanence")
 """Tasks in which what is drawn stays; in the other one all is as before at the end."""
 
@@ -72,12 +83,22 @@ class Target:
 
 
 def questions(targets: Sequence[Target], samples: Sequence[Any], drawn: Sequence[Drawn]) -> list[Question]:
-    """The targets as questions about the tokens of all samples: sample by sample, row by row."""
-    pairs = list(zip(samples, drawn, strict=True))
-    return [
-        Question(target.name, target.kind, np.concatenate([np.ravel(target.labels(*pair)) for pair in pairs]))
-        for target in targets
-    ]
+    """The targets as questions about the tokens of all samples: sample by sample, row by row.
+
+    Raises:
+        InputError: a target gives labels of another shape than that of the tokens, or infinite ones; it names the sample.
+    """
+    found = []
+    for target in targets:
+        parts = [np.asarray(target.labels(*pair), dtype=float) for pair in zip(samples, drawn, strict=True)]
+        for sample, labels in zip(samples, parts, strict=True):
+            about = f"the target {target.name!r} gives sample {sample.index} of {sample.task.name}"
+            if labels.shape != (SQUARES // TOKEN,) * 2:
+                raise InputError(f"{about} labels of shape {labels.shape}, and the tokens are 8 x 8: write one label for each")
+            if np.isinf(labels).any():
+                raise InputError(f"{about} infinite labels: write nan where a token is not asked")
+        found.append(Question(target.name, target.kind, np.concatenate([labels.ravel() for labels in parts])))
+    return found
 
 
 def targets(task: str) -> list[Target]:

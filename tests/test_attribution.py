@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dit_lens as dl
 from dit_lens.attribution import _agreement
+from dit_lens.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -115,6 +116,11 @@ def test_calls_and_labels_and_what_was_patched(text_pipe: Any) -> None:
     summary = found.summary("estimate")
     assert len(summary) == cells
     assert set(summary["clusters"]) == {3}
+    by_step = found.agreement("step")
+    assert by_step["cells"].sum() == len(patched)
+    assert by_step["step"].tolist() == sorted(patched["step"].unique())
+    with pytest.raises(InputError, match=r"no axis 'head'; write one of .*step"):
+        found.agreement("head")
     assert {"expert", "sigma", "depth"} <= set(summary)
 
 
@@ -147,13 +153,15 @@ def test_agreement_of_a_case_worked_out_by_hand() -> None:
         for (sample, seed), (estimates, patches) in cases.items()
         for one, two in zip(estimates, patches, strict=True)
     ]
-    spearman, sign = _agreement(pd.DataFrame(rows))
+    spearman, sign, top = _agreement(pd.DataFrame(rows))
     assert spearman.estimate == pytest.approx((1 - 1 + 0.6) / 3)
     assert (spearman.clusters, spearman.measurements) == (2, 3)
     assert (spearman.low, spearman.high) == pytest.approx((0.0, 0.6))
     assert sign.estimate == pytest.approx(13 / 16)
     assert (sign.clusters, sign.measurements) == (3, 16)
-    nothing, _ = _agreement(pd.DataFrame(rows[-4:]))
+    assert top.estimate == pytest.approx(1 / 4)  # one of four cells is the largest tenth: found in the first case only
+    assert (top.clusters, top.measurements) == (3, 4)
+    nothing, _, _ = _agreement(pd.DataFrame(rows[-4:]))
     assert nothing.clusters == 0
     assert np.isnan(nothing.estimate)
 

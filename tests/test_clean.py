@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dit_lens as dl
-from dit_lens import reasoner
+from dit_lens import controls, reasoner
 from dit_lens.clean import CleanRuns
 from dit_lens.errors import InputError
 
@@ -76,3 +76,29 @@ def test_rows_and_joins_of_runs(clean: CleanRuns) -> None:
         run.rows([4])
     with pytest.raises(InputError, match="no runs"):
         dl.Run.joined([])
+
+
+def test_records_are_those_of_a_whole_run_though_few_calls_are_made(lens: Any, clean: CleanRuns) -> None:
+    record = dl.at(block=[0, 5], step=1, branch="cond")
+    whole = lens.run(**{**reasoner.inputs(samples(0, 1)), **SHORT}, seed=[0, 1], record=record)
+    blocks = lens.architecture.block_list(lens.architecture.denoisers(lens.pipe)["transformer"])
+    calls: list[None] = []
+    hook = blocks[0].attn1.register_forward_hook(lambda *_: calls.append(None))
+    found = clean.observed(samples(0, 1), record, [0, 1])
+    hook.remove()
+    assert len(calls) == 1
+    for block in (0, 5):
+        assert torch.equal(found.activation(block=block), whole.activation(block=block))
+    assert torch.equal(found.latents, whole.latents)
+
+
+def test_another_model_sees_the_same_latents(lens: Any, clean: CleanRuns) -> None:
+    other = dl.wrap(controls.random_weights(lens.pipe), engine="hooks")
+    record = dl.at(block=0, step=[0, 1], branch="cond")
+    run = clean.runs(samples(0), [0], progress=False)
+    found = clean.observed(samples(0), record, [0], lens=other)
+    own = other.run(**{**reasoner.inputs(samples(0)), **SHORT}, seed=[0], record=record, decode=False)
+    assert torch.equal(found.latents[:2], run.latents[:2])
+    # At the first step all see the same noise; later the other model alone would be elsewhere.
+    assert torch.allclose(found.activation(block=0, step=0), own.activation(block=0, step=0), atol=1e-5)
+    assert not torch.allclose(found.activation(block=0, step=1), own.activation(block=0, step=1), atol=1e-2)

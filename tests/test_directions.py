@@ -293,3 +293,12 @@ def test_what_cannot_be_erased(features: Any, labels: Any, message: str) -> None
         dl.Eraser.fit(features, labels)
     with pytest.raises(dl.InputError, match=r"rows \(3,\) does not fit activations of shape \(2, 4\)"):
         dl.Eraser.fit(torch.eye(3), [0, 1, 0])(torch.zeros(2, 4))
+
+
+def test_an_eraser_puts_nothing_into_channels_that_never_vary() -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(size=(60, 5))
+    features[:, 3] = 0.25
+    labels = features[:, 0] + features[:, 1] > 0
+    erased = dl.Eraser.fit(features, labels)(torch.from_numpy(features))
+    assert (erased[:, 3] == 0.25).all()

@@ -126,7 +126,11 @@ def test_stages_can_be_discarded(lens: Any, tmp_path: Path) -> None:
     def discarding(context: Any) -> pd.DataFrame:
         results = toy.run(context)
         assert context.has("squares", ["n0", "n3"])
+        folder = context.scratch("squares", "store")
+        folder.mkdir()
+        (folder / "bulk").write_text("large")
         context.discard("squares")
+        assert not folder.exists()
         assert not context.has("squares", ["n0"])
         return results
 
@@ -162,6 +166,7 @@ def test_places_are_found_on_any_schedule(steps: int, expected: list[int], tmp_p
     settings = Settings(places=(0, 0.05, 0.1, 1))
     context = Context(FakeLens(steps), settings, tmp_path, "toy", "f", {})
     assert context.steps({}) == expected
+    assert context.steps({}, [1, 1]) == expected[-1:]
     assert [clock["step"] for clock in context.clock({})] == expected
 
 

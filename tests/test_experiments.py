@@ -13,14 +13,14 @@ import torch
 from conftest import tiny_pipeline
 
 import dit_lens as dl
-from dit_lens import reasoner
 from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context, run_experiment
 from dit_lens.reasoner import board
 from dit_lens.report import write_report
-from experiments import probe_map, step_lens, token_energy
+from experiments import probe_map, step_lens
+from experiments.probe_figures import TRAINED, UNTRAINED
 
 SIGMAS = (1.0, 0.8, 0.4)
 FORECAST = SimpleNamespace(sigmas=SIGMAS, timesteps=(1000.0, 800.0, 400.0), experts=("transformer",) * 3)
@@ -110,81 +110,14 @@ def test_step_lens_needs_something_to_compare(tmp_path: Path) -> None:
             step_lens.run(context(None, replace(step_lens.Settings(), **change), tmp_path))
 
 
-def planted_energy(sample: Any, cell: dl.Cell) -> np.ndarray:
-    """Equal energy after block 0; three times as much on tokens that are all wall after block 1."""
-    walls = board.tokens(sample.masks["wall"])
-    return np.broadcast_to(1 + 2.0 * cell.block * walls, (5, 8, 8)).astype(np.float32)
-
-
-def test_token_energy_finds_a_planted_preference(tmp_path: Path) -> None:
-    lens = Planted(lambda sample, seed, step: sample.video(), planted_energy)
-    settings = token_energy.Settings(tasks=("maze",), samples=4, places=(0, 0.5, 1))
-    samples = [reasoner.task("maze").sample("test", i) for i in range(4)]
-    part = token_energy.measure(context(lens, settings, tmp_path), lens, token_energy.TRAINED, samples)
-    means = part.table.groupby(["model", "block", "region"])["preference"].mean().unstack("region")
-    trained: Any = means.loc[token_energy.TRAINED]
-    shuffled: Any = means.loc[token_energy.SHUFFLED]
-    assert trained.loc[0].to_numpy() == pytest.approx(1, abs=1e-5)
-    assert trained.loc[1, "wall"] > 1.2
-    assert trained.loc[1, "background"] < 0.9
-    assert shuffled.loc[1, "wall"] == pytest.approx(1, abs=0.1)
-    assert part.arrays["energy"].shape == (2, 5, 8, 8)
-    shares = part.table.groupby(["model", "sample", "step", "block"])["share"].sum()
-    assert shares.to_numpy() == pytest.approx(1, abs=1e-5)  # the regions tile the board
-
-
-def planted_stream(sample: Any, cell: dl.Cell) -> np.ndarray:
-    """Noise, with the walls in one channel everywhere and the route that the video shows in another after block 1."""
-    random = np.random.default_rng([sample.index, cell.block, cell.step])
-    stream = random.normal(size=(1, 8, 8, 6)).astype(np.float16)
-    stream[0, ..., 0] = board.tokens(sample.masks["wall"])
-    if cell.block == 1:
-        stream[0, ..., 1] = sample.puzzle.route_tokens[sample.shown]
-    return stream
-
-
-def test_probe_map_finds_planted_targets(tmp_path: Path) -> None:
-    lens = Planted(lambda sample, seed, step: sample.video(), planted_stream)
-    made = context(lens, probe_map.Settings(mazes=24, batch=8, places=(0, 1)), tmp_path)
-    results = probe_map.run(made)
-    probed: Any = results[results["reader"] == probe_map.PROBE].pivot_table("auc", ["block", "step"], "target")
-    assert (probed["wall"] > 0.99).all()
-    for target in ("route", "which", "output"):
-        assert (probed.loc[1, target] > 0.99).all()
-        assert (probed.loc[0, target] < 0.75).all()
-    assert (probed["control"] < 0.75).all()
-    last = results[(results["block"] == 1) & (results["target"] == "route")]
-    assert (last["selectivity"] > 0.25).all()
-    baselines = results[results["reader"] != probe_map.PROBE]
-    assert len(baselines) == 2 * 5
-    assert not list(made.parts.glob("activations*"))
-    assert {"map.png", "depth.png"} <= set(made.files)
-    # What is stored is enough to draw everything again.
-    again = context(None, made.settings, tmp_path)
-    again.lens = SimpleNamespace(forecast=lens.forecast)
-    pd.testing.assert_frame_equal(probe_map.run(again), results)
-
-
-def test_probe_map_says_where_a_model_never_decides(tmp_path: Path) -> None:
-    lens = Planted(lambda sample, seed, step: np.zeros((17, 64, 64, 3), dtype=np.float32), planted_stream)
-    results = probe_map.run(context(lens, probe_map.Settings(mazes=4, places=(0,)), tmp_path))
-    assert results.loc[results["target"] == "which", "auc"].isna().all()
-
-
-def test_probe_map_refuses_another_layout(tmp_path: Path) -> None:
-    lens = Planted(lambda sample, seed, step: sample.video(), planted_stream)
-    run = lens.run
-    lens.run = lambda *a, **k: SimpleNamespace(**{**vars(run(*a, **k)), "layout": Layout(5, 4, 8)})  # pyright: ignore
-    with pytest.raises(InputError, match="8 x 8 tokens, and this run has 4 x 8"):
-        probe_map.run(context(lens, probe_map.Settings(mazes=4, places=(0,)), tmp_path))
+MAP = probe_map.Settings(samples=10, batch=5, places=(0, 1), closer_samples=10, workers=1)
 
 
 @pytest.mark.parametrize(
     ("module", "settings"),
     [
         (step_lens, step_lens.Settings(tasks=("tictactoe",), samples=2, seeds=2, batch=4, places=(0, 1))),
-        (token_energy, token_energy.Settings(tasks=("maze",), samples=2, places=(0, 1))),
-        (probe_map, probe_map.Settings(mazes=4, places=(0, 1))),
+        (probe_map, MAP),
     ],
 )
 def test_runs_end_to_end_on_a_tiny_pipeline(module: Any, settings: Any, tmp_path: Path) -> None:
@@ -196,7 +129,39 @@ def test_runs_end_to_end_on_a_tiny_pipeline(module: Any, settings: Any, tmp_path
     assert module.EXPERIMENT.title in write_report(tmp_path).read_text()
 
 
-@pytest.mark.parametrize("module", [step_lens, token_energy, probe_map])
+def test_a_probe_map_has_every_control_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Interrupted before the untrained model's readings: the trained one's are taken up, and its store is not run again."""
+    settings = replace(MAP, tasks=("permanence",), places=(0,), closer_places=())
+    lens = dl.wrap(tiny_pipeline(), engine="hooks")
+    steps = {"num_inference_steps": 2}
+
+    def made() -> Context:
+        return Context(lens, settings, tmp_path, "probe-map", "same", steps)
+
+    first, ran = made(), []
+    run = lens.run
+    lens.run = lambda **given: ran.append(1) or run(**given)  # pyright: ignore[reportAttributeAccessIssue]
+    first.units("permanence", {"trained": lambda: probe_map.read(first, "permanence")})
+    assert len(ran) == 2
+    again = made()
+    results = probe_map.run(again)
+    assert len(ran) == 2
+    assert again.counts == {"units": 2, "reused": 1}
+    assert again.has("permanence", ["trained", "untrained"])
+    assert not list(first.parts.glob("activations--*"))
+    assert all(path.suffix == ".parquet" for path in first.parts.iterdir())
+    assert set(results["reader"]) == {TRAINED, UNTRAINED, "place only", "noisy latents", "timestep only"}
+    each = results[results["reader"].isin([TRAINED, UNTRAINED])].groupby(["reader", "step", "block"])["target"].count()
+    assert each.to_dict() == {(reader, 0, block): 4 for reader in (TRAINED, UNTRAINED) for block in range(3)}
+    known = results.dropna(subset=["estimate"])
+    assert known[["control", "shuffled", "selectivity"]].notna().all().all()
+    assert set(again.files) == {"map-permanence.png", "depth-permanence.png"}
+    assert [len(table["data"]) for table in again.shown["tables"]] == [4]
+    for figure in again.shown["figures"]:
+        assert "10 held-out samples, 50% of the puzzles for testing. Thinned: 1 of 7 tasks" in figure["caption"]
+
+
+@pytest.mark.parametrize("module", [step_lens, probe_map])
 def test_presets_are_settings_of_one_kind(module: Any) -> None:
     presets = module.EXPERIMENT.presets
     assert set(presets) == {"quick", "full"}

@@ -78,18 +78,50 @@ def test_a_dose_is_the_same_in_one_frame_and_in_all(lens: dl.Lens, frames: Any, 
     assert same(nothing, clean)
 
 
+def test_mixing_keeps_the_rest_of_the_energy(lens: dl.Lens) -> None:
+    clean, pure = run(lens), run(lens, dl.ReplaceLatents(1, noise=7))
+    mixed = run(lens, dl.ReplaceLatents(1, noise=7, how="mixed", dose=0.6))
+    assert torch.allclose(mixed.latents[1], 0.8 * clean.latents[1] + 0.6 * pure.latents[1], atol=1e-6)
+    assert same(run(lens, dl.ReplaceLatents(1, noise=7, how="mixed", dose=1.0)), pure)
+    assert same(run(lens, dl.ReplaceLatents(1, noise=7, how="mixed", dose=0.0)), clean)
+
+
+def test_a_part_of_the_noise_can_be_drawn_again(lens: dl.Lens) -> None:
+    clean = run(lens)
+    whole = run(lens, dl.ReplaceLatents(2, noise=7, how="sigma_matched"))
+    assert same(run(lens, dl.ReplaceLatents(2, noise=7, how="sigma_matched", dose=1.0)), whole)
+    part = run(lens, dl.ReplaceLatents(2, noise=7, how="sigma_matched", dose=0.6)).latents[2]
+    signal = (1 - clean.sigmas[2]) * clean.x0_hat(1)
+    expected = signal + 0.8 * (clean.latents[2] - signal) + 0.6 * (whole.latents[2] - signal)
+    assert torch.allclose(part, expected, atol=1e-5)
+
+
+def test_rows_of_a_run_are_edited_by_themselves(lens: dl.Lens) -> None:
+    clean = run(lens, seed=[3, 4])
+    edits = [dl.ReplaceLatents(1, noise=[7, 8], frames=frame, rows=[row]) for row, frame in enumerate((0, 1))]
+    edited = run(lens, *edits, seed=[3, 4])
+    for row, frame in enumerate((0, 1)):
+        kept = 1 - frame
+        assert torch.equal(edited.latents[1, row, :, kept], clean.latents[1, row, :, kept])
+        alone = run(lens, dl.ReplaceLatents(1, noise=7 + row), seed=3 + row).latents[1, 0]
+        assert torch.equal(edited.latents[1, row, :, frame], alone[:, frame]), "each row has noise of its own seed"
+    whole = [dl.ReplaceLatents(1, noise=7, rows=[row]) for row in (0, 1)]
+    assert same(run(lens, *whole, seed=[3, 4]), run(lens, dl.ReplaceLatents(1, noise=7), seed=[3, 4]))
+
+
 def test_they_compose_and_both_engines_agree(any_pipe: Any) -> None:
     def edits() -> list[Any]:
         return [
             dl.ReplaceLatents([1, 2], noise=7, frames=0),
             dl.ReplaceLatents(slice(0, 3), noise=2, frames=1, how="sigma_matched"),
             dl.ReplaceLatents("all", noise=1, how="dose_matched", dose=0.1),
+            dl.ReplaceLatents("all", noise=[4], how="mixed", dose=0.1, rows=[0]),
             dl.Zero(dl.at(block=0, step=2)),
         ]
 
     ours, theirs = (run(dl.wrap(any_pipe, engine=engine), *edits()) for engine in ("nnsight", "hooks"))
     assert same(ours, theirs)
-    assert ours.fired == theirs.fired == {0: 2, 1: 3, 2: 4, 3: 2}
+    assert ours.fired == theirs.fired == {0: 2, 1: 3, 2: 4, 3: 4, 4: 2}
     assert "prepare_latents" not in vars(any_pipe)
 
 
@@ -109,6 +141,8 @@ def test_other_schedulers_mix_by_their_own_factors(image_pipe: Any) -> None:
         ({}, r"ReplaceLatents\(step=1, how='replace'\) needs what to put there: write donor=run, or noise=seed"),
         ({"noise": 1, "dose": 0.2}, "dose= belongs to how='dose_matched'"),
         ({"noise": 1, "how": "dose_matched"}, "dose= belongs to how='dose_matched', in units of the latents' own norm"),
+        ({"noise": 1, "how": "mixed"}, "to how='mixed'"),
+        ({"noise": 1, "how": "mixed", "dose": 1.2}, r"dose=1.2 is no share of the noise; write a number from 0 to 1"),
     ],
 )
 def test_what_is_not_said_or_said_twice(settings: dict[str, Any], message: str) -> None:
@@ -130,6 +164,8 @@ def test_what_does_not_fit_is_refused(lens: dl.Lens) -> None:
         (dl.ReplaceLatents(0, donor=short), "the donor ran 3 steps of a FlowMatchEuler.*, and this run has 4"),
         (dl.ReplaceLatents(0, donor=wide), r"latents have shape \(1, 4, 2, 4, 8\), and those of this run \(1, 4, 2, 4, 4\)"),
         (dl.ReplaceLatents(0, donor=two), "with one row or as many"),
+        (dl.ReplaceLatents(0, noise=1, rows=[1]), r"rows=\[1 rows\].*: this run has 1 rows; write some of 0 to 0"),
+        (dl.ReplaceLatents(0, noise=[1, 2]), r"noise=\[2 seeds\].*: this run has 1 rows; write one seed, or 1 of them"),
         (dl.ReplaceLatents(2, donor=stopped), "the donor stopped after step 0; choose earlier steps"),
     ):
         with pytest.raises(dl.InputError, match=message):

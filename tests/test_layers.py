@@ -19,6 +19,7 @@ dit_lens.reasoner.tasks.bounce dit_lens.reasoner.tasks.circle dit_lens.reasoner.
     dit_lens.reasoner.tasks.pattern dit_lens.reasoner.tasks.permanence dit_lens.reasoner.tasks.tictactoe
 dit_lens.reasoner.tasks
 dit_lens.reasoner.data dit_lens.reasoner.folders dit_lens.reasoner.team dit_lens.reasoner.vbvr
+dit_lens.reasoner.cases
 dit_lens.reasoner.models
 dit_lens.reasoner.train_dit dit_lens.reasoner.train_vae
 dit_lens.reasoner dit_lens.reasoner.train
@@ -38,14 +39,14 @@ dit_lens.store
 dit_lens.edits
 dit_lens.knockout dit_lens.latent_edits
 dit_lens.editor
-dit_lens.batching dit_lens.loading dit_lens.describe
+dit_lens.batching dit_lens.loading dit_lens.describe dit_lens.encoded
 dit_lens.lens
 dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
 dit_lens.plants.stream dit_lens.plants.readings
 dit_lens.plants.mechanisms
 dit_lens.plants.model
-dit_lens.plants.build
+dit_lens.plants.build dit_lens.plants.features
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
 dit_lens.plots dit_lens.bench probes.linear probes.ridge
 dit_lens.sweeping
@@ -56,19 +57,23 @@ dit_lens.plants.measured
 dit_lens.plants.page
 dit_lens.plants.__main__
 dit_lens
-probes.targets probes.controls
-probes.maps
-probes.rooms
+probes.targets probes.controls probes.baselines probes.closer
+probes.cells
+probes.observed
+probes.maps probes.levers
+probes.causes probes.transfer probes.decided
 probes
 dit_lens.claims dit_lens.clean
 dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures experiments.swapping experiments.merging
-experiments.layer_swap_figures experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims
-experiments.layer_swap experiments.ensemble
-experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
+experiments.figures experiments.energy experiments.paper experiments.probe_figures experiments.arms
+experiments.noised experiments.noise_claims experiments.swapping experiments.merging
+experiments.energy_figures experiments.noise_figures experiments.propagation_figures experiments.layer_swap_figures
+    experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims
+experiments.benchmark_patching experiments.held_out experiments.noise experiments.page experiments.probe_map
+    experiments.propagation experiments.step_lens experiments.token_energy experiments.layer_swap experiments.ensemble
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 

@@ -90,3 +90,37 @@ def test_resized_keeps_the_mean_and_leaves_the_right_size_alone() -> None:
     assert small.shape == (2, 3, 16, 16, 3)
     torch.testing.assert_close(small.mean((2, 3)), video.mean((2, 3)))
     assert metrics.resized(small, 16, 16) is small
+
+
+def features(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 6), (3, 6, 40)])
+def test_cka_against_the_formula_of_centred_kernels(shape: tuple[int, int, int]) -> None:
+    one, other = features(*shape), features(*shape, seed=1) + 0.5 * features(*shape)
+    centre = np.eye(shape[1]) - 1 / shape[1]
+    for row, found in enumerate(metrics.linear_cka(one, other, rows=2)):
+        x, y = (features[row].double().numpy() for features in (one, other))
+        kernels = [centre @ z @ z.T @ centre for z in (x, y)]
+        hsic = [np.trace(a @ b) for a, b in ((kernels[0], kernels[1]), (kernels[0], kernels[0]), (kernels[1], kernels[1]))]
+        assert found == pytest.approx(hsic[0] / np.sqrt(hsic[1] * hsic[2]), rel=1e-10)
+
+
+def test_cka_of_equal_features_is_one_and_of_unrelated_ones_nearly_zero() -> None:
+    one, other = features(2, 4000, 8), features(2, 4000, 8, seed=1)
+    assert metrics.linear_cka(one, one).numpy() == pytest.approx(1, abs=1e-12)
+    assert (metrics.linear_cka(one, other) < 0.01).all()
+    assert torch.isnan(metrics.linear_cka(one, torch.ones_like(one))).all()
+
+
+@given(st.integers(0, 10**6), st.floats(1e-6, 1e6))
+def test_cka_knows_no_rotation_no_scale_no_shift_and_no_order(seed: int, scale: float) -> None:
+    one, other = features(2, 12, 5, seed=seed), features(2, 12, 4, seed=seed + 1)
+    turned = scale * one.double() @ torch.linalg.qr(features(5, 5, seed=seed + 2).double())[0] + 3.0
+    before = metrics.linear_cka(one, other)
+    assert ((before > 0) & (before <= 1 + 1e-12)).all()
+    assert metrics.linear_cka(turned, other).numpy() == pytest.approx(before.numpy(), rel=1e-5)
+    assert metrics.linear_cka(other, one).numpy() == pytest.approx(before.numpy(), rel=1e-9)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    assert metrics.linear_cka(one[:, order], other[:, order]).numpy() == pytest.approx(before.numpy(), rel=1e-9)

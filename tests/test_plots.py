@@ -84,6 +84,37 @@ def test_whole_number_axes_have_whole_number_ticks() -> None:
     assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
 
 
+def test_a_heat_grid_places_every_cell_and_leaves_gaps() -> None:
+    index = pd.MultiIndex.from_product(
+        [["trained", "untrained"], ["wall", "route"], ["0", "1", "place"], [3, 0]], names=["model", "target", "y", "step"]
+    )
+    table = pd.DataFrame({"score": np.arange(24.0)}, index=index).reset_index()
+    before = table.copy()
+    figure = plots.heat_grid(
+        table,
+        row="model",
+        column="target",
+        x="step",
+        y="y",
+        value="score",
+        x_label="step",
+        row_labels={"untrained": "untrained\nblock", "trained": "trained\nblock"},
+        value_labels=dict.fromkeys(["trained", "untrained"], "AUC"),
+        y_order=["place", "", "0", "1"],
+        limits={"trained": (0, 1), "untrained": (0, 30)},
+        titles={"wall": "wall, N = 3"},
+    )
+    panels = drawn(figure).axes[:4]
+    assert [axis.get_title() for axis in panels] == ["wall, N = 3", "route", "", ""]
+    assert [panels[place].get_ylabel() for place in (0, 2)] == ["untrained\nblock", "trained\nblock"]
+    found = image(panels[3])  # trained, route; steps in order of appearance
+    assert np.isnan(found[1].astype(float)).all()
+    assert found[[0, 2, 3]].tolist() == [[10, 11], [6, 7], [8, 9]]
+    assert [label.get_text() for label in panels[3].get_xticklabels()] == ["3", "0"]
+    assert panels[0].get_images()[0].get_clim() == (0, 30)
+    pd.testing.assert_frame_equal(table, before)
+
+
 def test_heat_maps_place_every_cell() -> None:
     table = pd.DataFrame(
         [(t, s, b, 0.5 + 0.1 * b) for t in ("wall", "route") for s in ("0", "5") for b in range(3)],

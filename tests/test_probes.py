@@ -5,10 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_lens import reasoner
 from dit_lens.errors import InputError
-from probes import control_labels, fit_and_score, split_groups
-from probes.rooms import place_control, place_features, room_table, situation_features
+from probes import fit_and_score, split_groups
 
 GROUPS = np.repeat(np.arange(40), 15)
 RANDOM = np.random.default_rng(0)
@@ -62,51 +60,3 @@ def test_nothing_to_learn_gives_nan_and_wrong_lengths_an_error() -> None:
         fit_and_score(FEATURES[:3], np.ones(4, dtype=bool), GROUPS[:3])
     with pytest.raises(InputError, match="at least 2 groups"):
         split_groups(np.zeros(5))
-
-
-def test_control_labels_belong_to_kinds_and_are_balanced() -> None:
-    kinds = [(i % 10, 0) for i in range(100)]
-    labels = control_labels(kinds)
-    assert labels[:10].sum() == 5
-    assert all(labels[i] == labels[i % 10] for i in range(100))
-    assert (control_labels(kinds, seed=1) != labels).any()
-
-
-@pytest.mark.parametrize("task", ["maze", "maze-loops"])
-def test_rooms_agree_with_the_drawn_maze(task: str) -> None:
-    sample = reasoner.task(task).sample("test", 1)
-    painted = sample.boards[-1] != sample.boards[0]
-    rooms = room_table(sample, painted, sample.shown)
-    assert len(rooms) == sample.puzzle.rooms**2
-    assert rooms["end"].sum() == 2
-    # The true video paints exactly the rooms of the route that it shows.
-    assert (rooms["output"] == rooms["which"]).all()
-    assert (rooms.loc[rooms["which"], "route"]).all()
-    assert rooms["contested"].any() == (task == "maze-loops")
-    # Both edges of a room are walls in at least three of its token's four squares: corner, upper, left.
-    first = rooms.iloc[0]
-    assert first["wall"]
-    assert set(rooms["openings"]) <= {1, 2, 3, 4}
-    assert ((rooms["to_start"] + rooms["to_goal"]) >= rooms["start_to_goal"]).all()
-
-
-def test_rooms_of_a_run_without_a_legal_route_have_no_choice() -> None:
-    sample = reasoner.task("maze-loops").sample("test", 0)
-    rooms = room_table(sample, np.zeros((16, 16), dtype=bool), None)
-    assert not rooms["which"].any()
-    assert not rooms["legal"].any()
-    assert not rooms["output"].any()
-
-
-def test_turned_mazes_are_one_group() -> None:
-    sample = reasoner.task("maze").sample("test", 0)
-    groups = {room_table(reasoner.task("maze").sample("test", i), sample.masks["wall"], 0)["group"][0] for i in range(4)}
-    assert len(groups) == 4  # four different mazes
-    assert len(set(room_table(sample, sample.masks["wall"], 0)["group"])) == 1
-
-
-def test_baseline_features_and_control_have_a_row_per_room() -> None:
-    sample = reasoner.task("maze").sample("test", 2)
-    rooms = room_table(sample, sample.masks["route"], 0)
-    assert len(place_features(rooms)) == len(situation_features(rooms)) == len(place_control(rooms)) == len(rooms)
-    assert situation_features(rooms).shape[1] > place_features(rooms).shape[1]

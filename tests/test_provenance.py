@@ -1,12 +1,29 @@
-"""Provenance: what shaped a measurement counts, wherever it stands, and what only draws it does not."""
+"""Provenance: what says where a result came from says the same in every process."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dit_lens.provenance import code_hash
+from dit_lens import provenance
+
+
+def facts(scheduler: Any) -> dict[str, Any]:
+    lens: Any = SimpleNamespace(pipe=SimpleNamespace(scheduler=scheduler))
+    return provenance.scheduler_facts(lens)
+
+
+def test_a_schedulers_facts_do_not_depend_on_the_order_of_a_set() -> None:
+    """Diffusers lists which settings were left at their defaults, in the order of a set of words: another in every process."""
+    one, other = FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    other.register_to_config(_use_default_values=list(reversed(one.config["_use_default_values"])))
+    assert facts(one) == facts(other)
+    assert facts(one)["config"]["shift"] == 3.0
+    assert facts(one) != facts(FlowMatchEulerDiscreteScheduler(shift=5.0))
 
 
 @pytest.fixture
@@ -25,7 +42,7 @@ def package(tmp_path: Path) -> Path:
     ("name", "counts"), [("noise", True), ("helping", True), ("deeper", True), ("noise_figures", False), ("other", False)]
 )
 def test_the_code_that_measures_counts(package: Path, name: str, counts: bool) -> None:
-    hashed = code_hash.__wrapped__  # what is read once in a process, read again
+    hashed = provenance.code_hash.__wrapped__  # what is read once in a process, read again
     before = hashed(package / "noise.py")
     with (package / f"{name}.py").open("a") as file:
         file.write("changed = True\n")

@@ -284,3 +284,15 @@ def test_pairs_differ_in_one_thing_that_decides_the_answer(name: str) -> None:
 def test_tasks_without_counterparts_say_so() -> None:
     with pytest.raises(dl.InputError, match="bounce has 0 pairs among its first 40 samples, and 1 are asked for"):
         reasoner.pairs("bounce", 1)
+
+
+@every_task
+def test_untouched_squares_stay_in_every_legal_video(name: str) -> None:
+    sample = reasoner.task(name).sample("test", 1)
+    moved = np.zeros((16, 16), dtype=bool)
+    for answer in sample.answers:
+        boards = sample.task.draw(sample.puzzle, answer, sample.frames)
+        assert (boards[:, sample.untouched] == boards[0, sample.untouched]).all()
+        moved |= (boards != boards[0]).any(axis=0)
+    assert (moved == ~sample.untouched).all()
+    assert sample.untouched.any()

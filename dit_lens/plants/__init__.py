@@ -15,6 +15,9 @@ is not zero.
     dl.plants.measure(model, "update")        # the effect that patching a block's update has, block by block
     dl.plants.measure(model, my_tool)         # the same of a tool of your own; see `plants.tools`
 
+Probes have known answers of their own: `planted_feature` plants a feature that a block writes, and another erases; see
+`plants.features`.
+
 What every tool of the table found on many models is in docs/tools.md, which `python -m dit_lens.plants` writes.
 """
 
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.pairs import Pair
 from dit_lens.plants.build import KINDS, planted
+from dit_lens.plants.features import FEATURES, FeatureTruth, PlantedFeature, planted_feature
 from dit_lens.plants.model import Planted, Sample
 from dit_lens.plants.readings import verdict
 from dit_lens.plants.table import TABLE, TOOLS, Entry, Truth
@@ -36,18 +40,22 @@ LATER = {"Trial": "tools", "measure": "tools", "measure_all": "tools"}
 """What brings sweeps and probes along, imported when it is asked for."""
 
 __all__ = [
+    "FEATURES",
     "KINDS",
     "TABLE",
     "TOOLS",
     "Entry",
+    "FeatureTruth",
     "Pair",
     "Planted",
+    "PlantedFeature",
     "Sample",
     "Trial",
     "Truth",
     "measure",
     "measure_all",
     "planted",
+    "planted_feature",
     "verdict",
 ]
 

@@ -58,12 +58,12 @@ def image_registers(stream: Stream, denoiser: WanTransformer3DModel, conditions:
 
     Args:
         conditions: what the denoiser gets beside the latents (images, channels, frames, height, width), its first four
-            channels the mask. features: +1 or -1, (images, 2).
+            channels the mask. features: +1 or -1, (images, 2), or for every token (images, rows, columns, 2).
     """
     patches = conditions.unfold(3, PATCH, PATCH).unfold(4, PATCH, PATCH)  # (images, channels, frames, rows, columns, 2, 2)
     patches = patches.movedim(1, 4).flatten(4)  # (images, frames, rows, columns, channels * 4)
     wanted = torch.zeros(*patches.shape[:4], 2)
-    wanted[:, 0] = features[:, None, None]
+    wanted[:, 0] = features if features.ndim == 4 else features[:, None, None]
     seen = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1).flatten(0, 3)
     weights = fitted(seen, wanted.flatten(0, 3))
     embedding = denoiser.patch_embedding
@@ -117,19 +117,28 @@ def look_back(stream: Stream, block: nn.Module, head: int) -> None:
 
 
 @torch.no_grad()
-def ramps(stream: Stream, block: nn.Module, terms: Sequence[tuple[dict[str, float], float, float]]) -> None:
-    """Let the MLP add a sum of ramps to the answer.
+def ramps(
+    stream: Stream,
+    block: nn.Module,
+    terms: Sequence[tuple[dict[str, float], float, float]],
+    into: str = "answer",
+    start: int = 0,
+) -> None:
+    """Let the MLP add a sum of ramps to a register.
 
     Args:
         terms: (amounts of registers, offset, weight): weight x max(0, sum of amount x register + offset); at most 8.
+        into: the register. start: the first hidden unit to use. Units may be written again, with the same amounts and offsets,
+            to add what they compute to another register too.
     """
     first, bias = block.get_parameter("ffn.net.0.proj.weight"), block.get_parameter("ffn.net.0.proj.bias")
     last = block.get_parameter("ffn.net.2.weight")
-    for unit, (amounts, offset, weight) in enumerate(terms):
+    for unit, (amounts, offset, weight) in enumerate(terms, start=start):
+        first[unit] = 0
         for name, amount in amounts.items():
             stream.read(first, unit, name, SHARP * amount)
         bias[unit] = SHARP * offset
-        stream.write(last, "answer", unit, weight / SHARP)
+        stream.write(last, into, unit, weight / SHARP)
 
 
 def product(stream: Stream, block: nn.Module) -> None:

@@ -7,12 +7,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_lens.errors import InputError
 from dit_lens.reasoner.folders import folder
 from dit_lens.reasoner.settings import CALL
-from dit_lens.reasoner.tasks import Sample, Score, Split, Task, task, tasks
+from dit_lens.reasoner.tasks import TASKS, Sample, Score, Split, Task, tasks
+from dit_lens.reasoner.tasks import task as bundled
+
+
+def task(name: str) -> Task:
+    """The task with a name, or the samples of a folder in VBVR-Bench layout.
+
+    Raises:
+        InputError: there is neither, or the folder is not in that layout.
+    """
+    if name in TASKS or not Path(name).is_dir():
+        return bundled(name)
+    # Only who reads videos needs what decodes them.
+    from dit_lens.reasoner.cases import FolderTask
+
+    return FolderTask(name)
 
 
 def inputs(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -43,12 +59,13 @@ def pairs(name: str, count: int, split: Split = "test", frames: int = CALL["num_
     """
     kind = task(name)
     found: list[Pair] = []
-    for index in range(40 * count):
+    tried = 40 * count if kind.held is None else kind.held
+    for index in range(tried):
         pair = kind.pair(kind.sample(split, index, frames))
         found += [Pair(*pair)] if pair else []
         if len(found) == count:
             return found
-    raise InputError(f"{name} has {len(found)} pairs among its first {40 * count} samples, and {count} are asked for")
+    raise InputError(f"{name} has {len(found)} pairs among its first {tried} samples, and {count} are asked for")
 
 
 __all__ = ["Pair", "Sample", "Score", "Task", "folder", "inputs", "pairs", "task", "tasks"]

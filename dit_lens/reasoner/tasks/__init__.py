@@ -29,7 +29,7 @@ def task(name: str) -> Task:
         InputError: there is no such task.
     """
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+        raise InputError(f"unknown task {name!r}; there are {', '.join(TASKS)}, or write a folder in VBVR-Bench layout")
     return TASKS[name]
 
 

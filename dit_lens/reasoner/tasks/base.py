@@ -96,6 +96,12 @@ class Sample:
         start = self.boards[0]
         return np.stack([self.task.draw(self.puzzle, a, 5)[-1] != start for a in self.answers])
 
+    @cached_property
+    def untouched(self) -> Bool[np.ndarray, "16 16"]:
+        """The squares that stay as they are in the true video of every legal answer."""
+        drawn = np.stack([self.task.draw(self.puzzle, a, self.frames) for a in self.answers])
+        return ~(drawn != self.boards[0]).any(axis=(0, 1))
+
 
 class Task(ABC):
     """One kind of puzzle. Subclasses say how it is made, drawn, solved and read."""
@@ -103,6 +109,8 @@ class Task(ABC):
     name: ClassVar[str]
     wordings: ClassVar[tuple[str, ...]]
     """Prompts with {placeholders} that `words` fills."""
+    held: int | None = None
+    """How many samples there are, None where there is no last one."""
 
     @abstractmethod
     def generate(self, random: np.random.Generator) -> Any:
