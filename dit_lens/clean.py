@@ -31,7 +31,8 @@ from dit_lens.store import Store
 
 ROWS, ROWS_ACCELERATED = 8, 128
 """Rows of a pipeline call, on a CPU and on an accelerator."""
-KEY = ["task", "split", "sample", "seed"]
+KEY = ["task", "split", "sample", "shown", "seed"]
+"""What names a run. `shown` is what the model is given: the donor of a pair has the number of its clean sample."""
 
 
 class CleanRuns:
@@ -146,5 +147,6 @@ class CleanRuns:
         return whole.rows([order[place] for place in places])
 
 
-def _key(sample: Any) -> tuple[str, str, int]:
-    return sample.task.name, sample.split, sample.index
+def _key(sample: Any) -> tuple[str, str, int, str]:
+    given = sample.inputs["image"].tobytes() + sample.prompt.encode()
+    return sample.task.name, sample.split, sample.index, hashlib.sha256(given).hexdigest()[:16]

@@ -307,6 +307,10 @@ def _looks(names: Sequence[str], controls: Collection[str]) -> dict[str, dict[st
 def _curve(axis: Axes, points: pd.DataFrame, x: str, look: dict[str, Any], label: str) -> None:
     if points.empty:
         return
+    if len(points) == 1:  # neither a line nor a shade would be seen
+        ends = [(points["mean"] - points["low"]).clip(0), (points["high"] - points["mean"]).clip(0)]
+        axis.errorbar(points[x], points["mean"], yerr=ends, label=label, **{"marker": "s", "markersize": 3.2, **look})
+        return
     axis.plot(points[x], points["mean"], label=label, **look)
     axis.fill_between(points[x], points["low"], points["high"], color=look["color"], alpha=0.16, linewidth=0)
 

@@ -5,6 +5,7 @@ the scheduler, the settings and the code into one word; the manifest of an exper
 person.
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -43,11 +44,12 @@ def fingerprint(lens: Any, settings: Mapping[str, Any], arguments: Mapping[str, 
 
 @cache
 def code_hash(source: Path) -> str:
-    """SHA-256 over the source of ``source``, of dit_lens (without what only draws or trains) and of probes.
+    """SHA-256 over the source of ``source`` and of what it imports from beside it, of dit_lens (without what only draws or
+    trains) and of probes.
 
     Read once in a process, as the code that runs was read once too.
     """
-    files = [source]
+    files = [source, *_beside(source)]
     for package in ("dit_lens", "probes"):
         folder = Path(inspect.getfile(import_module(package))).parent
         files += [path for path in folder.rglob("*.py") if path.name not in DRAWING and "train" not in path.name]
@@ -55,6 +57,22 @@ def code_hash(source: Path) -> str:
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _beside(source: Path) -> set[Path]:
+    """The modules of ``source``'s own package that it imports, and that these import, without those that only draw."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        nodes = ast.walk(ast.parse(waiting.pop().read_text(encoding="utf-8")))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        own = [node for node in imports if (node.module or "").split(".")[0] == source.parent.name]
+        names = {name for node in own for name in ((node.module or "").split(".")[-1], *(each.name for each in node.names))}
+        paths = {source.parent / f"{name}.py" for name in names if not name.endswith("figures")}
+        new = {path for path in paths if path.is_file()} - found - {source}
+        found |= new
+        waiting += new
+    return found
 
 
 def scheduler_facts(lens: Any) -> dict[str, Any]:

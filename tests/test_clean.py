@@ -102,3 +102,12 @@ def test_another_model_sees_the_same_latents(lens: Any, clean: CleanRuns) -> Non
     # At the first step all see the same noise; later the other model alone would be elsewhere.
     assert torch.allclose(found.activation(block=0, step=0), own.activation(block=0, step=0), atol=1e-5)
     assert not torch.allclose(found.activation(block=0, step=1), own.activation(block=0, step=1), atol=1e-2)
+
+
+def test_a_pair_has_two_runs(lens: Any, clean: CleanRuns) -> None:
+    pair = reasoner.pairs("circle", 1)[0]
+    found = clean.runs(list(pair), [0], progress=False)
+    direct = lens.run(**{**reasoner.inputs([pair.donor]), **SHORT}, seed=0)
+    assert found.prompts == (pair.clean.prompt, pair.donor.prompt)
+    torch.testing.assert_close(found.latents[:, [1]], direct.latents, rtol=0, atol=1e-4)
+    assert not torch.allclose(found.latents[:, 0], found.latents[:, 1], atol=1e-2)

@@ -69,10 +69,12 @@ dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
 experiments.figures experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone
-experiments.noised experiments.noise_claims
-experiments.energy_figures experiments.noise_figures experiments.propagation_figures
+experiments.noised experiments.noise_claims experiments.swapping experiments.merging
+experiments.energy_figures experiments.noise_figures experiments.propagation_figures experiments.layer_swap_figures
+    experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims
 experiments.benchmark_patching experiments.benchmark_probes experiments.held_out experiments.noise experiments.page
-    experiments.probe_map experiments.propagation experiments.step_lens experiments.token_energy
+    experiments.probe_map experiments.propagation experiments.step_lens experiments.token_energy experiments.layer_swap
+    experiments.ensemble
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 

@@ -68,6 +68,15 @@ def test_controls_are_grey_and_dashed_and_levels_span_the_axis(curves: pd.DataFr
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"x0-hat", "control", "floor"}
 
 
+def test_a_single_point_of_a_control_can_be_seen(curves: pd.DataFrame) -> None:
+    few = curves[(curves["series"] == "x0-hat") | (curves["sigma"] == 0.5)]
+    axis = drawn(grid(few)).axes[0]
+    (bar,) = axis.containers
+    point, _, (line,) = bar  # pyright: ignore[reportGeneralTypeIssues]
+    assert point.get_marker() == "s"
+    assert [[float(y) for _, y in ends] for ends in line.get_segments()] == [[0.4, 0.6]]
+
+
 def test_whole_number_axes_have_whole_number_ticks() -> None:
     table = pd.DataFrame({"block": [0, 1, 2], "mean": 1.0, "low": 0.9, "high": 1.1, "clusters": 2, "r": "r", "c": "c", "s": "s"})
     figure = plots.curve_grid(table, x="block", x_label="block", row="r", column="c", series="s", row_labels={"r": "value"})
