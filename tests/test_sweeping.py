@@ -112,7 +112,7 @@ def test_the_same_bits_on_both_engines(image_pipe: Any) -> None:
         (dl.at(block=[1, 2], step=[1, 2]), [LATENTS]),
         (dl.at(block=2), [LATENTS]),
     ],
-    ids=str,
+    ids=["both branches", "one branch", "without a branch", "all steps"],
 )
 def test_what_is_counted_is_what_runs(over: dl.Selector, outcomes: list[dl.Outcome], reuse: bool) -> None:
     pipe = PIPES["two experts"]()
