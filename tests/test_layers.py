@@ -14,6 +14,7 @@ LAYERS = """
 dit_lens.errors
 dit_lens.files
 dit_lens.reasoner.board dit_lens.reasoner.settings
+dit_lens.reasoner.unmixing
 dit_lens.reasoner.tasks.base
 dit_lens.reasoner.tasks.bounce dit_lens.reasoner.tasks.circle dit_lens.reasoner.tasks.maze
     dit_lens.reasoner.tasks.pattern dit_lens.reasoner.tasks.permanence dit_lens.reasoner.tasks.tictactoe
