@@ -1,17 +1,29 @@
 """Edits of the latents that a step takes: noise put in, or the latents of another run.
 
 Latents are off the model's distribution where their noise is not that of the step. There are three ways to disturb them,
-so that an effect of what was lost can be told from an effect of a wrong noise level or of a larger disturbance:
+so that an effect of what was lost can be told from an effect of a wrong noise level or of a larger disturbance. A fourth
+way disturbs nothing: it is the step of a stochastic sampler.
 
 | how | latents of the step become | keeps |
 |---|---|---|
 | `replace` | pure noise, or the donor's latents | nothing (a donor's latents have the noise level of the step) |
 | `sigma_matched` | signal * x0-hat + noise * fresh noise, as the schedule mixes them at this step | the noise level |
 | `dose_matched` | what they were, plus noise whose L2 norm is `dose` times theirs | the size of the disturbance |
+| `ancestral` | signal * x0-hat + noise * (r * predicted noise + sqrt(1 - r^2) * fresh noise) | the model's distribution |
+
+The ancestral step is the one of DDPM (Ho et al. 2020), and of DDIM with eta = 1 (Song et al. 2021), for any mixture of signal
+and noise. With a the signal and b the noise, from the step before (a, b) to this one (a', b'), r = a b' / (a' b) is the
+correlation that a forward noising process leaves between the noise of the two. Its limit of many steps is the reversed
+process itself, dx = [v + (g^2 / 2) score] dt + g dW with g^2 = 2 s / (1 - s) in flow matching (time t runs to clean). Of all
+stochastic samplers with the right marginals it is the one whose *joint* distribution is right: taken at every step from x_s
+on, its results are draws from p(x0 | x_s), and x0-hat is a martingale, so that the mean of the results is x0-hat at s.
+(At sigma 1, r is 0: nothing of x_1 is kept, and branches are new seeds.) Noise that is all fresh at every step,
+`sigma_matched` or the `stochastic_sampling` of diffusers' FlowMatchEulerDiscreteScheduler, has not this property.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +48,7 @@ class Passage:
 
     Attributes:
         step: the step. state: how clean sample and noise mix there. latents: what it would take.
+        before: the same of the step before, and `taken` the latents that it took; None before the first step.
         seeds: the seed of each row.
         x0_hat: what the step before bet on, or None before the first step and where there is no x0-hat.
     """
@@ -45,6 +58,8 @@ class Passage:
     latents: Latents
     seeds: tuple[int, ...]
     x0_hat: Callable[[], Tensor | None]
+    before: NoiseState | None = None
+    taken: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +79,7 @@ class ReplaceLatents:
             step 0. The noise is fresh; without `noise`, it is what this run's latents hold beside their own video.
             `dose_matched`: add noise (with a donor, the difference to its latents) scaled to `dose` times the L2 norm of
             the row's latents, all frames of them, so that noise in one frame and in all is the same dose.
+            `ancestral`: by those of a stochastic sampler, see the module's page; needs `noise`, and steps from 1 on.
         frames: latent frames, as in `dl.at`; the others keep their bits. All when left out.
         dose: for `dose_matched`.
 
@@ -74,7 +90,7 @@ class ReplaceLatents:
     step: Indices
     donor: Run | None = None
     noise: int | None = None
-    how: Literal["replace", "sigma_matched", "dose_matched"] = "replace"
+    how: Literal["replace", "sigma_matched", "dose_matched", "ancestral"] = "replace"
     frames: Indices = None
     dose: float | None = None
 
@@ -83,6 +99,8 @@ class ReplaceLatents:
             raise InputError(f"{self} needs what to put there: write donor=run, or noise=seed")
         if self.donor is not None and self.noise is not None and self.how != "sigma_matched":
             raise InputError(f"{self} has a donor and noise; write one of them, or how='sigma_matched', which can take both")
+        if self.how == "ancestral" and self.donor is not None:
+            raise InputError(f"{self} goes on from the run's own x0-hat and takes no donor; write noise=seed")
         if (self.how == "dose_matched") != (self.dose is not None):
             raise InputError(f"{self}: dose= belongs to how='dose_matched', in units of the latents' own norm")
 
@@ -107,6 +125,8 @@ class ReplaceLatents:
     def check_run(self, steps: Sequence[int], forecast: Forecast, scheduler: str) -> None:
         """Before the run: the donor followed this schedule up to the selected steps."""
         donor = self.donor
+        if self.how == "ancestral" and min(steps) == 0:
+            raise InputError(f"{self}: before step 0 there is no x0-hat to go on from; choose steps from 1")
         if donor is None:
             return
         if donor.scheduler != scheduler or donor.timesteps != forecast.timesteps[: donor.steps]:
@@ -121,7 +141,8 @@ class ReplaceLatents:
         """The latents that the step takes instead."""
         latents = passage.latents.to(torch.promote_types(passage.latents.dtype, torch.float32))
         frames = torch.tensor(self.chosen(latents.shape[2]), device=latents.device)
-        new = {"replace": self._replaced, "sigma_matched": self._sigma_matched, "dose_matched": self._dosed}[self.how]
+        ways = {"replace": self._replaced, "sigma_matched": self._sigma_matched}
+        new = {**ways, "dose_matched": self._dosed, "ancestral": self._ancestral}[self.how]
         changed = new(passage, latents, frames).to(passage.latents)
         return passage.latents.index_copy(2, frames, changed.index_select(2, frames))
 
@@ -138,6 +159,16 @@ class ReplaceLatents:
         if self.noise is None:
             return latents + signal * (clean - own)
         return signal * clean + scale * self._drawn(self.noise, passage, latents)
+
+    def _ancestral(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
+        clean = passage.x0_hat()
+        if clean is None or passage.before is None or passage.taken is None or self.noise is None:
+            raise InputError(f"{self}: step {passage.step - 1} implies no x0-hat to go on from; choose later steps")
+        now, before, clean = passage.state, passage.before, clean.to(latents)
+        predicted = (passage.taken.to(latents) - before.signal * clean) / before.noise
+        kept = before.signal * now.noise / (now.signal * before.noise)
+        fresh = self._drawn(self.noise, passage, latents)
+        return now.signal * clean + now.noise * (kept * predicted + math.sqrt(max(0.0, 1 - kept**2)) * fresh)
 
     def _dosed(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
         source = self._source(passage, latents)

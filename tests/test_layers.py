@@ -48,7 +48,7 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench probes.linear probes.ridge
+dit_lens.plots dit_lens.bench dit_lens.branching probes.linear probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools

@@ -90,3 +90,33 @@ def test_resized_keeps_the_mean_and_leaves_the_right_size_alone() -> None:
     assert small.shape == (2, 3, 16, 16, 3)
     torch.testing.assert_close(small.mean((2, 3)), video.mean((2, 3)))
     assert metrics.resized(small, 16, 16) is small
+
+
+def test_chances_that_draws_differ() -> None:
+    assert metrics.draws_differ(np.array([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]])).tolist() == [0.5, 0, 0.375]
+    assert metrics.pairs_differ(np.eye(2)[[0, 0, 1, 1]]) == pytest.approx(4 / 6)
+    assert metrics.pairs_differ(np.array([[0.5, 0.5], [0.5, 0.5]])) == pytest.approx(0.5)
+    assert metrics.pairs_differ(np.array([[1.0, 0.0], [np.nan, np.nan], [1.0, 0.0]])) == 0
+    assert np.isnan(metrics.pairs_differ(np.eye(2)[:1]))
+    # Without bias, however few draws there are; the entropy of a few draws is not.
+    random = np.random.default_rng(0)
+    shares = np.array([0.6, 0.3, 0.1])
+    few = [metrics.pairs_differ(np.eye(3)[random.choice(3, 3, p=shares)]) for _ in range(4000)]
+    assert np.mean(few) == pytest.approx(metrics.draws_differ(shares), abs=0.02)
+
+
+def test_shares_and_their_distance() -> None:
+    assert metrics.answer_shares(np.array([0.2, 0.6])).tolist() == pytest.approx([0.25, 0.75])
+    assert np.isnan(metrics.answer_shares(np.array([0.02, 0.03]))).all()
+    assert metrics.total_variation(np.array([1.0, 0.0]), np.array([0.25, 0.75])) == pytest.approx(0.75)
+
+
+def test_settled_is_the_first_step_after_which_nothing_changes() -> None:
+    agrees = np.array([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 1, 0]], dtype=bool)
+    assert metrics.settled(agrees).tolist() == [2, 2, 0, 3]
+
+
+def test_bias_and_spread_have_no_bias() -> None:
+    random = np.random.default_rng(0)
+    found = np.array([metrics.bias_and_spread(random.normal(0.3, 2, size=(4, 50)), np.zeros(50)) for _ in range(400)])
+    assert found.mean(axis=0) == pytest.approx([0.09, 4.0], rel=0.15)

@@ -34,6 +34,9 @@ HELD_OUT_SHARE = 1 / 8
 DECOY_ATTEMPTS = 20
 """How many wrong answers are tried for one that can be told from every legal one."""
 
+SEARCHED = 40
+"""Samples that are looked at for each one of a kind."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -192,6 +195,23 @@ class Task(ABC):
         shown = int(random.integers(len(answers)))
         prompt = self.wordings[random.integers(len(self.wordings))].format(**self.words(puzzle))
         return Sample(self, split, index, puzzle, prompt, shown, frames, answers)
+
+    def first(self, count: int, several: bool, split: Split = "test") -> list[Sample]:
+        """The first samples with several legal answers, or with one; none where there is none among the first 40.
+
+        Raises:
+            InputError: there are some, and too few among the first 40 for each that is asked for.
+        """
+        kind: list[Sample] = []
+        for index in range(SEARCHED * max(1, count)):
+            if len(kind) == count or (index == SEARCHED and not kind):
+                return kind
+            sample = self.sample(split, index)
+            kind += [sample] if (len(sample.answers) > 1) == several else []
+        if len(kind) == count or not kind:
+            return kind
+        which = "several answers" if several else "one answer"
+        raise InputError(f"{self.name} has {len(kind)} samples with {which} where {count} are asked for; ask for fewer")
 
     def pair(self, sample: Sample) -> tuple[Sample, Sample] | None:
         """A sample and a counterpart of the same wording, or None where there is none; always the same one.
