@@ -23,10 +23,11 @@ alone, and not for a guided combination. (`dit_lens.latent_edits` has the formul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from dit_lens import metrics
 from dit_lens.errors import InputError
@@ -34,7 +35,6 @@ from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.lens import Lens
 from dit_lens.run import Run
 
-Way = Literal["ancestral", "renoised", "replaced"]
 UNGUIDED = {"guidance_scale": 1.0}
 """Pipeline arguments with which only the conditional branch runs."""
 
@@ -44,7 +44,7 @@ def branches(
     run: Run,
     step: int,
     count: int,
-    way: Way = "ancestral",
+    way: str = "ancestral",
     noise: int = 0,
     names: Sequence[int] | None = None,
     **inputs: Any,
@@ -53,7 +53,8 @@ def branches(
 
     Args:
         run: unedited, with one row for every prompt of `inputs`. step: any but the last. count: endings of each row.
-        noise: a seed. names: a number for each row, from which its noise follows too; its place when left out.
+        way: as in the module's table. noise: a seed. names: a number for each row, from which its noise follows too; its place
+            when left out.
         inputs: as for `Lens.run`; with another guidance scale than the run's, the endings follow that one.
 
     Returns:
@@ -61,27 +62,25 @@ def branches(
         where it starts with the run's own latents; what stands before the step means nothing.
 
     Raises:
-        InputError: there is no step after this one.
+        InputError: there is no step after this one, or no such way.
     """
     if not 0 <= step < run.steps - 1:
         raise InputError(f"branches leave a run of {run.steps} steps after step 0 to {run.steps - 2}, and not {step}")
     rows = [row for row in range(run.batch) for _ in range(count)]
     start = run.rows(rows)
     # Stored outputs stand in for calls up to the step, so that none of them is made; the latents come from the run itself.
-    known = {
-        (early, branch): start.outputs[branch][early]
-        for early in range(step + 1)
-        for branch in lens.forecast(**inputs).branches
-        if branch in start.outputs
-    }
-    after: ReplaceLatents = {
+    sides = [branch for branch in lens.forecast(**inputs).branches if branch in start.outputs]
+    known = {(early, branch): start.outputs[branch][early] for early in range(step + 1) for branch in sides}
+    ways = {
         "ancestral": ReplaceLatents(slice(step + 1, None), noise=noise, how="ancestral"),
         "renoised": ReplaceLatents(step + 1, noise=noise, how="sigma_matched"),
         "replaced": ReplaceLatents(step + 1, noise=noise, how="replace"),
-    }[way]
+    }
+    if way not in ways:
+        raise InputError(f"there is no way {way!r}; write {', '.join(ways)}")
     numbers = range(run.batch) if names is None else names
     seeds = [[number * count + ending for ending in range(count)] for number in numbers]
-    return lens.run(**inputs, seed=seeds, answers=known, edits=[ReplaceLatents(step, donor=start), after])
+    return lens.run(**inputs, seed=seeds, answers=known, edits=[ReplaceLatents(step, donor=start), ways[way]])
 
 
 def branch_table(
@@ -90,7 +89,7 @@ def branch_table(
     run: Run,
     clock: dict[str, Any],
     count: int,
-    way: Way,
+    way: str,
     inputs: dict[str, Any],
     guided: bool = True,
 ) -> pd.DataFrame:
@@ -107,45 +106,45 @@ def branch_table(
     given = inputs if guided else {**inputs, **UNGUIDED}
     names = [sample.index for sample in samples]
     found = branches(lens, run, clock["step"], count, way, names=names, **given)
-    hats = run.x0_hat(clock["step"], branch)
-    final = found.latents[-1].unflatten(0, (run.batch, count)).numpy()
-    assert found.video is not None
-    endings = found.video.unflatten(0, (run.batch, count))
-    table = endings_table(samples, lens.decode(hats), endings, run.video)
-    numbers = [metrics.bias_and_spread(draws, hat) for draws, hat in zip(final, hats.numpy(), strict=True)]
-    bias, spread = np.array(numbers).T
-    return table.assign(seed=list(run.seeds), **clock, way=way, branch=branch, bias=bias, spread=spread)
+    table = endings_table(lens, samples, run.x0_hat(clock["step"], branch), found, run)
+    return table.assign(seed=list(run.seeds), **clock, way=way, branch=branch)
 
 
-def endings_table(samples: Sequence[Any], hats: Any, endings: Any, own: Any) -> pd.DataFrame:
+def endings_table(lens: Lens, samples: Sequence[Any], hats: Tensor, endings: Run, own: Run) -> pd.DataFrame:
     """x0-hat against endings, by what they show of each legal answer: one row for every sample.
 
     Args:
-        samples: of one task. hats: a decoded x0-hat of each, (samples, frames, height, width, 3). endings: videos,
-            (samples, endings, frames, height, width, 3). own: the video of the run itself.
+        samples: of one task. hats: an x0-hat of each, in latents. endings: a run with as many rows for each of them. own: the
+            run that these leave, one row for each. Both with videos.
 
     Columns: ``hat_0``, ``hat_1``, ... how x0-hat is shared among the answers, and ``end_0``, ... the mean of the endings' shares;
     ``hat_differ`` and ``differ``, the chance that two draws from the one, or two endings, differ; ``hat_bits`` and
     ``mean_bits``, the entropies of x0-hat and of the mean of the endings' videos; ``drawn``, the share of endings that
-    show an answer; ``changed``, the share of those with another answer than the run itself.
+    show an answer; ``changed``, the share of those with another answer than the run itself; ``lost``, the share of all
+    that do not show the run's own; ``right``, the share that the scorer accepts; ``bias`` and ``spread`` of the endings' latents
+    about x0-hat (`metrics.bias_and_spread`).
     """
-    task, size = samples[0].task, samples[0].image.size[::-1]
+    task, size, count = samples[0].task, samples[0].image.size[::-1], endings.batch // len(samples)
+    assert endings.video is not None and own.video is not None
 
-    def evidence(video: Any, repeats: int = 1) -> list[np.ndarray]:
+    def evidence(video: Tensor, repeats: int = 1) -> list[np.ndarray]:
         rows = [sample for sample in samples for _ in range(repeats)]
         return task.evidence(metrics.resized(video, *size).numpy(), rows)
 
-    count = endings.shape[1]
-    ends = evidence(endings.flatten(0, 1), count)
+    ends, blends = evidence(endings.video, count), evidence(endings.video.unflatten(0, (-1, count)).mean(dim=1))
+    pixels = metrics.resized(endings.video, *size).numpy()
+    scores = task.scores(pixels, [sample for sample in samples for _ in range(count)])
+    final = endings.latents[-1].unflatten(0, (-1, count)).numpy()
     rows = []
     for place, (sample, hat, blend, did) in enumerate(
-        zip(samples, evidence(hats), evidence(endings.mean(dim=1)), evidence(own), strict=True)
+        zip(samples, evidence(lens.decode(hats)), blends, evidence(own.video), strict=True)
     ):
         shares = metrics.answer_shares(hat)
         draws = np.stack([metrics.answer_shares(end) for end in ends[place * count : (place + 1) * count]])
         drawn = ~np.isnan(draws).any(axis=1)
         mean = draws[drawn].mean(axis=0) if drawn.any() else np.full(len(hat), np.nan)
         others = draws[drawn].argmax(axis=1) != did.argmax()
+        bias, spread = metrics.bias_and_spread(final[place], hats[place].numpy())
         rows.append(
             {
                 "task": task.name,
@@ -159,7 +158,11 @@ def endings_table(samples: Sequence[Any], hats: Any, endings: Any, own: Any) -> 
                 "mean_bits": metrics.answer_entropy(blend),
                 "drawn": float(drawn.mean()),
                 "changed": float(others.mean()) if drawn.any() else float("nan"),
+                "lost": 1 - float((~others).sum()) / count,
+                "right": float(np.mean([score.right for score in scores[place * count : (place + 1) * count]])),
                 "endings": count,
+                "bias": bias,
+                "spread": spread,
             }
         )
     return pd.DataFrame(rows)

@@ -10,7 +10,7 @@ the share of the area that the mask covers, is 1 where the block has no preferen
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from scipy.stats import entropy
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
@@ -98,6 +98,30 @@ def bias_and_spread(draws: Float[np.ndarray, "draws *shape"], expected: Float[np
     """
     spread = float(draws.var(axis=0, ddof=1).mean())
     return float(((draws.mean(axis=0) - expected) ** 2).mean() - spread / len(draws)), spread
+
+
+def new_content(
+    boards: UInt8[np.ndarray, "steps frames rows columns"], final: UInt8[np.ndarray, "frames rows columns"], parts: int = 3
+) -> Float[np.ndarray, "steps parts"]:
+    """How much of what is new in each part of the clip a video shows already, by parts of the clip from first to last.
+
+    ``boards`` are videos read as palette indices, ``final`` the one that they become. New in a frame are the squares that
+    differ from the frame before. nan for a part in which nothing is new.
+    """
+    frames, rows, columns = np.nonzero(final[1:] != final[:-1])
+    right = boards[:, frames + 1, rows, columns] == final[frames + 1, rows, columns]
+    found = np.full((len(boards), parts), np.nan)
+    for part, within in enumerate(np.array_split(np.arange(len(final) - 1), parts)):
+        here = np.isin(frames, within)
+        if here.any():
+            found[:, part] = right[:, here].mean(axis=1)
+    return found
+
+
+def row_correlation(one: Float[Tensor, "batch *shape"], other: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch"]:
+    """Pearson's correlation of two tensors' elements, row by row."""
+    centred = [tensor.flatten(1) - tensor.flatten(1).mean(dim=1, keepdim=True) for tensor in (one, other)]
+    return cosine_similarity(*centred, dim=1)
 
 
 def mask_fractions(mask: Bool[np.ndarray, "rows columns"], layout: tuple[int, int]) -> Float[np.ndarray, "height width"]:

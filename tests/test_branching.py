@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,8 @@ def test_there_is_nothing_to_branch_from_at_the_end(lens: dl.Lens) -> None:
     run, inputs = clean(lens)
     with pytest.raises(InputError, match="a run of 4 steps after step 0 to 2, and not 3"):
         branches(lens, run, 3, 2, **inputs)
+    with pytest.raises(InputError, match="no way 'sideways'; write ancestral, renoised, replaced"):
+        branches(lens, run, 1, 2, "sideways", **inputs)
 
 
 def test_refused_ancestral_steps(lens: dl.Lens) -> None:
@@ -185,18 +188,33 @@ def test_endings_beside_what_x0_hat_shows() -> None:
     samples = [s for s in reasoner.task("maze-loops").first(8, several=True) if len(s.answers) == 2][:3]
     even = torch.stack([answered(sample, 0.5, 0.5) for sample in samples])
     one, other = (torch.stack([answered(sample, *w) for sample in samples]) for w in ((1, 0), (0, 1)))
-    live = endings_table(samples, even, torch.stack([one, other, one, other], dim=1), one)
+
+    def table(hats: Tensor, *endings: Tensor) -> pd.DataFrame:
+        """Endings of each sample, with videos in the place of latents."""
+        videos: Any = torch.stack(endings, dim=1).flatten(0, 1)
+        ended: Any = SimpleNamespace(batch=len(videos), video=videos, latents=videos[None])
+        own: Any = SimpleNamespace(video=one)
+        lens: Any = SimpleNamespace(decode=lambda latents: latents)
+        return endings_table(lens, samples, hats, ended, own)
+
+    live = table(even, one, other, one, other)
     assert live[["hat_0", "hat_1", "end_0", "end_1", "hat_bits", "mean_bits"]].to_numpy() == pytest.approx(
         np.tile([0.5, 0.5, 0.5, 0.5, 1, 1], (3, 1)), abs=0.03
     )
     assert live["differ"].to_numpy() == pytest.approx(2 / 3, abs=0.03)  # four of six pairs
-    assert live["changed"].tolist() == [0.5] * 3
+    assert live["changed"].tolist() == live["lost"].tolist() == [0.5] * 3
+    assert live["right"].tolist() == [1] * 3
     # A blur over a choice that was made: all endings are one answer.
-    made = endings_table(samples, even, torch.stack([one] * 4, dim=1), one)
+    assert (live["spread"] > 0).all()
+    assert (live["bias"].abs() <= live["spread"] / 4 + 1e-7).all(), "their mean is x0-hat to the last"
+    made = table(even, one, one, one, one)
+    assert (made["bias"] > 0).all()
+    assert made["spread"].to_numpy() == pytest.approx(0)
     assert made["differ"].to_numpy() == pytest.approx(0, abs=0.03)
     assert made["hat_differ"].to_numpy() == pytest.approx(0.5, abs=0.03)
-    empty = endings_table(samples, even, torch.stack([one[:, :1].expand_as(one)] * 4, dim=1), one)
-    assert empty["drawn"].tolist() == [0] * 3
+    empty = table(even, *[one[:, :1].expand_as(one)] * 4)
+    assert empty["drawn"].tolist() == empty["right"].tolist() == [0] * 3
+    assert empty["lost"].tolist() == [1] * 3
     assert empty[["differ", "changed", "end_0"]].isna().all(axis=None)
     named = {"step": 1, "way": "ancestral", "branch": "cond", "seed": 0}
     found = with_distances(pd.concat([live, made.assign(seed=1), empty.assign(seed=2)]).assign(**{"seed": 0, **named}))

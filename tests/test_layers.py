@@ -48,7 +48,7 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench dit_lens.branching probes.linear probes.ridge
+dit_lens.plots dit_lens.bench dit_lens.branching dit_lens.readings probes.linear probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools
@@ -66,7 +66,8 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures
+experiments.figures experiments.timing
+experiments.step_lens_claims experiments.step_lens_figures
 experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
