@@ -32,7 +32,6 @@ from torch import Tensor
 from dit_lens import metrics
 from dit_lens.errors import InputError
 from dit_lens.latent_edits import ReplaceLatents
-from dit_lens.lens import Lens
 from dit_lens.run import Run
 
 UNGUIDED = {"guidance_scale": 1.0}
@@ -40,7 +39,7 @@ UNGUIDED = {"guidance_scale": 1.0}
 
 
 def branches(
-    lens: Lens,
+    lens: Any,
     run: Run,
     step: int,
     count: int,
@@ -52,7 +51,8 @@ def branches(
     """Endings of every row of a run, from the latents that a step took.
 
     Args:
-        run: unedited, with one row for every prompt of `inputs`. step: any but the last. count: endings of each row.
+        lens: what runs and decodes. run: unedited, with one row for every prompt of `inputs`. step: any but the last. count:
+            endings of each row.
         way: as in the module's table. noise: a seed. names: a number for each row, from which its noise follows too; its place
             when left out.
         inputs: as for `Lens.run`; with another guidance scale than the run's, the endings follow that one.
@@ -84,7 +84,7 @@ def branches(
 
 
 def branch_table(
-    lens: Lens,
+    lens: Any,
     samples: Sequence[Any],
     run: Run,
     clock: dict[str, Any],
@@ -110,7 +110,7 @@ def branch_table(
     return table.assign(seed=list(run.seeds), **clock, way=way, branch=branch)
 
 
-def endings_table(lens: Lens, samples: Sequence[Any], hats: Tensor, endings: Run, own: Run) -> pd.DataFrame:
+def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run, own: Run) -> pd.DataFrame:
     """x0-hat against endings, by what they show of each legal answer: one row for every sample.
 
     Args:
@@ -121,11 +121,12 @@ def endings_table(lens: Lens, samples: Sequence[Any], hats: Tensor, endings: Run
     ``hat_differ`` and ``differ``, the chance that two draws from the one, or two endings, differ; ``hat_bits`` and
     ``mean_bits``, the entropies of x0-hat and of the mean of the endings' videos; ``drawn``, the share of endings that
     show an answer; ``changed``, the share of those with another answer than the run itself; ``lost``, the share of all
-    that do not show the run's own; ``right``, the share that the scorer accepts; ``bias`` and ``spread`` of the endings' latents
-    about x0-hat (`metrics.bias_and_spread`).
+    that do not show the run's own; ``accepted``, the share that the scorer accepts; ``bias`` and ``spread`` of the endings'
+    latents about x0-hat (`metrics.bias_and_spread`).
     """
     task, size, count = samples[0].task, samples[0].image.size[::-1], endings.batch // len(samples)
-    assert endings.video is not None and own.video is not None
+    assert endings.video is not None
+    assert own.video is not None
 
     def evidence(video: Tensor, repeats: int = 1) -> list[np.ndarray]:
         rows = [sample for sample in samples for _ in range(repeats)]
@@ -159,7 +160,7 @@ def endings_table(lens: Lens, samples: Sequence[Any], hats: Tensor, endings: Run
                 "drawn": float(drawn.mean()),
                 "changed": float(others.mean()) if drawn.any() else float("nan"),
                 "lost": 1 - float((~others).sum()) / count,
-                "right": float(np.mean([score.right for score in scores[place * count : (place + 1) * count]])),
+                "accepted": float(np.mean([score.right for score in scores[place * count : (place + 1) * count]])),
                 "endings": count,
                 "bias": bias,
                 "spread": spread,

@@ -120,8 +120,8 @@ def new_content(
 
 def row_correlation(one: Float[Tensor, "batch *shape"], other: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch"]:
     """Pearson's correlation of two tensors' elements, row by row."""
-    centred = [tensor.flatten(1) - tensor.flatten(1).mean(dim=1, keepdim=True) for tensor in (one, other)]
-    return cosine_similarity(*centred, dim=1)
+    rows = [tensor.flatten(1).double() for tensor in (one, other)]
+    return cosine_similarity(*[row - row.mean(dim=1, keepdim=True) for row in rows], dim=1)
 
 
 def mask_fractions(mask: Bool[np.ndarray, "rows columns"], layout: tuple[int, int]) -> Float[np.ndarray, "height width"]:

@@ -14,6 +14,7 @@
 | `cosine_final` | of its motion map with that of the run's own video; the controls, as maps of motion are never unrelated: |
 | `cosine_seeds` | with that of another seed at the same step, |
 | `cosine_other_seed`, `cosine_other_sample` | with that of another seed's video, and of another sample's |
+| `one_symbol`, `two_symbols` | what the best single symbol, and two given ones, leave unexplained (pattern task alone) |
 | `correlation_seeds`, `correlation_samples` | of its latents with those of another seed and of another sample, at the same step |
 """
 
@@ -26,8 +27,8 @@ import numpy as np
 import pandas as pd
 
 from dit_lens import metrics
-from dit_lens.lens import Lens
 from dit_lens.reasoner import board
+from dit_lens.reasoner.tasks.pattern import PatternTask
 from dit_lens.run import Run
 
 
@@ -35,10 +36,11 @@ class Reader:
     """Reads the x0-hats of a run.
 
     Args:
-        samples: of one task, each in as many rows as there are seeds. run: theirs, prompt-major, with its video.
+        lens: what decodes. samples: of one task, each in as many rows as there are seeds. run: theirs, prompt-major, with its
+            video.
     """
 
-    def __init__(self, lens: Lens, samples: Sequence[Any], run: Run) -> None:
+    def __init__(self, lens: Any, samples: Sequence[Any], run: Run) -> None:
         assert run.video is not None
         self._lens, self._run = lens, run
         self._task, self._size = samples[0].task, samples[0].image.size[::-1]
@@ -80,6 +82,12 @@ class Reader:
             "correlation_seeds": metrics.row_correlation(hats, self._turned(hats, 1)),
             "correlation_samples": metrics.row_correlation(hats, self._turned(hats, 0)),
         }
+        left = np.full((len(self.rows), 2), np.nan)
+        if isinstance(self._task, PatternTask):
+            last = board.square_colours(pixels[:, -1])
+            pairs = [(*answers, *answers)[:2] for answers in self.candidates]
+            left = np.array([self._task.unexplained(*each) for each in zip(last, self.rows, pairs, strict=True)])
+        table |= {"one_symbol": left[:, 0], "two_symbols": left[:, 1]}
         return pd.DataFrame(table), pixels
 
     def _turned(self, values: Any, axis: int) -> Any:

@@ -7,16 +7,15 @@ them, how near it has come to the final video, and how much of the first and of 
 
 A perfect flow predictor's x0-hat is a mean over all videos that the state leaves open, so that a blend of answers is forced by
 training and is no sign of a search. Three comparisons tell:
-* at sigma 1, the mean of the final videos of other seeds, and how alike the x0-hats of two seeds are, which says so at once;
-* later, endings of the same state by a stochastic sampler (`dit_lens.branching`): if x0-hat shows live alternatives, endings
-  take them as often as it shows them. The mean of endings must be x0-hat, for the conditional branch: the calibration.
-  Beside it stands x0-hat with fresh noise once, which leaves the model's distribution;
-* where there is one legal answer, a *decoy*: how alive a reading finds a wrong one. For cosines: another seed and sample.
+* at sigma 1, the mean of the final videos of other seeds, and how alike the x0-hats of two seeds are;
+* later, endings of the same state by a stochastic sampler (`dit_lens.branching`): of live alternatives endings take each as
+  often as x0-hat shows it. Their mean must be x0-hat, for the conditional branch: the calibration. Beside them stand endings
+  of a renoised x0-hat, which leaves the model's distribution;
+* where there is one legal answer, a *decoy*: how alive a reading finds a wrong one.
 
 The full preset thins what is read of the conditional branch (`rarer`) and from where endings leave (`leave`), not samples.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,6 @@ from dit_lens.branching import branch_table, endings_table, with_distances
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context, Experiment, Part
 from dit_lens.readings import Reader
-from dit_lens.reasoner import board
-from dit_lens.reasoner.tasks.pattern import PatternTask
 from experiments import step_lens_figures
 from experiments.step_lens_claims import CLAIMS
 from experiments.timing import clustered, decisions
@@ -70,17 +67,12 @@ def measure(context: Context, samples: Sequence[Any], pictured: Sequence[int]) -
 
     The films of the ``pictured`` samples (first seed, first branch) come as uint8 (samples, steps, frames, H, W, 3).
     """
-    settings, task, inputs = context.settings, samples[0].task, context.inputs(samples)
+    settings, inputs = context.settings, context.inputs(samples)
     reader = Reader(context.lens, samples, context.clean(samples, range(settings.seeds), settings.batch))
     first, tables, films = settings.branches[0], [], []
     rarer = clock_at(context, inputs, settings.rarer)
     for branch, clock in [(b, c) for b in settings.branches for c in (context.clock(inputs) if b == first else rarer)]:
         table, pixels = reader.at(clock["step"], branch)
-        if isinstance(task, PatternTask):
-            last = board.square_colours(pixels[:, -1])
-            pairs = [(*answers, *answers)[:2] for answers in reader.candidates]
-            left = [task.unexplained(*each) for each in zip(last, reader.rows, pairs, strict=True)]
-            table = table.assign(**dict(zip(("one_symbol", "two_symbols"), np.array(left).T, strict=True)))
         tables.append(table.assign(**clock))
         if branch == first:
             films.append((pixels[[place * settings.seeds for place in pictured]] * 255).round().astype(np.uint8))
@@ -100,9 +92,9 @@ def leave(context: Context, samples: Sequence[Any]) -> Part:
     seeds = context.clean(samples, range(settings.finals), settings.batch)
     first = endings_table(lens, samples, own.x0_hat(0), seeds, own)
     tables = [first.assign(seed=0, **context.clock(inputs)[0], way=SEEDS, branch="guided")]
-    for clock, named in itertools.product(clock_at(context, inputs, settings.leave), settings.ways):
-        way, branch = named.split()
-        tables.append(branch_table(lens, samples, own, clock, settings.endings, way, inputs, branch == "guided"))
+    for clock in clock_at(context, inputs, settings.leave):
+        for way, branch in map(str.split, settings.ways):
+            tables.append(branch_table(lens, samples, own, clock, settings.endings, way, inputs, branch == "guided"))
     return Part(pd.concat(tables, ignore_index=True))
 
 
@@ -125,8 +117,7 @@ def run(context: Context) -> pd.DataFrame:
             jobs[f"{name}-{call}"] = partial(measure, context, [samples[place] for place in places], pictures)
         size = max(1, settings.batch // max(settings.endings, settings.finals))
         for start in range(0, min(settings.branched, len(several)), size):
-            group = several[start : min(start + size, settings.branched)]
-            endings[f"{name}-{start}"] = partial(leave, context, group)
+            endings[f"{name}-{start}"] = partial(leave, context, several[: settings.branched][start : start + size])
     parts = context.units("videos", jobs)
     read = pd.concat([part.table for part in parts.values()], ignore_index=True)
     left = [part.table for part in context.units("endings", endings).values()]

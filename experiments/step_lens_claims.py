@@ -26,7 +26,9 @@ def guided(results: pd.DataFrame, several: bool | None = True) -> pd.DataFrame:
 
 def endings(results: pd.DataFrame, way: str = "ancestral") -> pd.DataFrame:
     """Endings of guided runs, where x0-hat shows something."""
+    # Where no task has several answers, nothing was branched.
     rows = of(results, "endings")
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "way", "differ", "hat_differ", "distance", "shuffled"])))
     return rows[(rows["way"] == way) & (rows["branch"] == "guided")]
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from dit_lens import plots
 from dit_lens.experiment import Context
 from dit_lens.statistics import in_words, summarise
-from experiments.timing import agreement
+from experiments.timing import agreement, at_noise
 
 MEASURES = {
     "right": "share right",
@@ -24,11 +24,11 @@ SERIES = {
     "cosine_other_sample": "to another sample's final video (control)",
 }
 AXIS = "\u03c3 (noise on the left, clean on the right)"
-HAT, ENDS = "x0-hat", "endings of the same state"
+HAT, ENDS = "x0-hat", "endings of its state"
 WAYS = {
     ("ancestral", "guided"): "",
-    ("ancestral", "cond"): ", conditional branch alone",
-    ("renoised", "guided"): ", x0-hat renoised once (leaves the model's distribution)",
+    ("ancestral", "cond"): ", cond branch",
+    ("renoised", "guided"): " renoised once (not the model's distribution)",
     ("other seeds", "guided"): "",
 }
 """Of the endings: what they are called behind `HAT` and `ENDS`. At sigma 1 they are the final videos of other seeds."""
@@ -36,7 +36,7 @@ WAYS = {
 
 def draw(context: Context, results: pd.DataFrame, films: Mapping[str, tuple[Sequence[Any], np.ndarray]]) -> None:
     """Everything. ``films`` are the pictured samples of each task and their x0-hats, by task and call."""
-    read = results[results["about"] == "x0-hat"]
+    read = results[results["about"] == "x0-hat"].astype({"right": bool})  # beside other rows a column of objects
     settings, first = context.settings, read[read["branch"] == context.settings.branches[0]]
     clock = first[["step", "sigma"]].drop_duplicates().sort_values("step")
     labels = [f"step {step:.0f}  \u03c3 {sigma:.2f}" for step, sigma in clock.itertuples(index=False)]
@@ -48,7 +48,7 @@ def draw(context: Context, results: pd.DataFrame, films: Mapping[str, tuple[Sequ
     settling(context, first)
     if (results["about"] == "endings").any():
         endings(context, results[results["about"] == "endings"])
-    if "one_symbol" in first:
+    if (first["task"] == "pattern").any():
         superposition(context, first[first["task"] == "pattern"])
     for samples, pictures in films.values():
         for sample, film in zip(samples, pictures, strict=True):
@@ -164,8 +164,8 @@ def endings(context: Context, left: pd.DataFrame) -> None:
         if way != "renoised":
             shown[("differ", HAT + suffix)] = "hat_differ"
         if (way, branch) in (("ancestral", "guided"), ("other seeds", "guided")):
-            shown[("distance", "endings of another sample (control)")] = "shuffled"
-            shown[("distance", "as many draws from what x0-hat shows (floor)")] = "floor"
+            shown[("distance", "another sample's endings (control)")] = "shuffled"
+            shown[("distance", "as few draws from x0-hat (control)")] = "floor"
         tables += [summarise(rows, v, ["task", "sigma"], "sample").assign(row=r, series=s) for (r, s), v in shown.items()]
         for (step, sigma), at in rows.groupby(["step", "sigma"]):
             found = {name: summarise(at, name, ["step"], "cluster") for name in ("bias", "spread")}
@@ -181,7 +181,7 @@ def endings(context: Context, left: pd.DataFrame) -> None:
         column="task",
         series="series",
         row_labels={"differ": "chance that two\ndraws differ", "distance": "distance to what\nx0-hat shows"},
-        controls=[name for name in summary["series"].unique() if "(" in name],
+        controls=[name for name in summary["series"].unique() if name.endswith(")")],
         noise_axis=True,
         limits={"differ": (-0.03, 1.03), "distance": (-0.03, 1.03)},
     )
@@ -192,7 +192,7 @@ def endings(context: Context, left: pd.DataFrame) -> None:
         " distance. Live alternatives: both agree; a blur over a choice that is made: endings agree with each other."
         " 95 % bootstrap intervals over samples, N in the corner."
     )
-    context.figure("endings", figure, "What x0-hat shows, and what becomes of the state", about)
+    context.figure("endings", at_noise(figure, left["sigma"].min()), "What x0-hat shows, and what becomes of the state", about)
     table = pd.DataFrame(calibration)
     context.table(
         "Calibration: is x0-hat the mean of the endings?",

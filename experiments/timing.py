@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from dit_lens import metrics
 
@@ -70,6 +71,12 @@ def agreement(readings: pd.DataFrame) -> pd.DataFrame:
     )
     unread = (last < 0).reindex(keys).to_numpy()
     return found.assign(own=found["own"].mask(unread), other=found["other"].mask(unread | alone.reindex(keys).to_numpy()))
+
+
+def at_noise(figure: Figure, lowest: float) -> Figure:
+    """A figure against sigma, from noise to a little below the lowest level that is of interest."""
+    figure.axes[0].set_xlim(1.01, lowest - 0.02)
+    return figure
 
 
 def clustered(table: pd.DataFrame) -> pd.DataFrame:

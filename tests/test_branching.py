@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dit_lens as dl
 from dit_lens import metrics, reasoner
+from dit_lens.architectures import Layout
 from dit_lens.branching import UNGUIDED, branches, endings_table, with_distances
 from dit_lens.errors import InputError
 from dit_lens.latent_edits import Passage, ReplaceLatents
@@ -184,6 +185,13 @@ def answered(sample: Any, *weights: float) -> Tensor:
     return torch.from_numpy(sum(w * clip for w, clip in zip(weights, clips, strict=True))).float()
 
 
+def as_run(videos: Tensor) -> dl.Run:
+    """A run of one step with these videos, which are its latents too."""
+    one: dict[str, Any] = {"seeds": (0,) * len(videos), "prompts": ("",) * len(videos), "layout": Layout(5, 8, 8)}
+    one |= {"timesteps": (1000.0,), "sigmas": torch.ones(1), "experts": ("transformer",), "branches": (), "weights": (None,)}
+    return dl.Run(**one, scheduler="none", latents=torch.stack([videos] * 2), outputs={}, video=videos)
+
+
 def test_endings_beside_what_x0_hat_shows() -> None:
     samples = [s for s in reasoner.task("maze-loops").first(8, several=True) if len(s.answers) == 2][:3]
     even = torch.stack([answered(sample, 0.5, 0.5) for sample in samples])
@@ -191,11 +199,8 @@ def test_endings_beside_what_x0_hat_shows() -> None:
 
     def table(hats: Tensor, *endings: Tensor) -> pd.DataFrame:
         """Endings of each sample, with videos in the place of latents."""
-        videos: Any = torch.stack(endings, dim=1).flatten(0, 1)
-        ended: Any = SimpleNamespace(batch=len(videos), video=videos, latents=videos[None])
-        own: Any = SimpleNamespace(video=one)
-        lens: Any = SimpleNamespace(decode=lambda latents: latents)
-        return endings_table(lens, samples, hats, ended, own)
+        lens = SimpleNamespace(decode=lambda latents: latents)
+        return endings_table(lens, samples, hats, as_run(torch.stack(endings, dim=1).flatten(0, 1)), as_run(one))
 
     live = table(even, one, other, one, other)
     assert live[["hat_0", "hat_1", "end_0", "end_1", "hat_bits", "mean_bits"]].to_numpy() == pytest.approx(
@@ -203,7 +208,7 @@ def test_endings_beside_what_x0_hat_shows() -> None:
     )
     assert live["differ"].to_numpy() == pytest.approx(2 / 3, abs=0.03)  # four of six pairs
     assert live["changed"].tolist() == live["lost"].tolist() == [0.5] * 3
-    assert live["right"].tolist() == [1] * 3
+    assert live["accepted"].tolist() == [1] * 3
     # A blur over a choice that was made: all endings are one answer.
     assert (live["spread"] > 0).all()
     assert (live["bias"].abs() <= live["spread"] / 4 + 1e-7).all(), "their mean is x0-hat to the last"
@@ -213,7 +218,7 @@ def test_endings_beside_what_x0_hat_shows() -> None:
     assert made["differ"].to_numpy() == pytest.approx(0, abs=0.03)
     assert made["hat_differ"].to_numpy() == pytest.approx(0.5, abs=0.03)
     empty = table(even, *[one[:, :1].expand_as(one)] * 4)
-    assert empty["drawn"].tolist() == empty["right"].tolist() == [0] * 3
+    assert empty["drawn"].tolist() == empty["accepted"].tolist() == [0] * 3
     assert empty["lost"].tolist() == [1] * 3
     assert empty[["differ", "changed", "end_0"]].isna().all(axis=None)
     named = {"step": 1, "way": "ancestral", "branch": "cond", "seed": 0}

@@ -67,8 +67,10 @@ dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
 experiments.figures experiments.timing
-experiments.step_lens_claims experiments.step_lens_figures
-experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
+experiments.step_lens_claims experiments.step_lens_figures experiments.decision_time_claims
+experiments.decision_time_figures
+experiments.benchmark_patching experiments.decision_time experiments.held_out experiments.probe_map
+    experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
