@@ -120,3 +120,24 @@ def test_bias_and_spread_have_no_bias() -> None:
     random = np.random.default_rng(0)
     found = np.array([metrics.bias_and_spread(random.normal(0.3, 2, size=(4, 50)), np.zeros(50)) for _ in range(400)])
     assert found.mean(axis=0) == pytest.approx([0.09, 4.0], rel=0.15)
+
+
+def test_new_content_by_parts_of_the_clip() -> None:
+    final = np.zeros((7, 2, 3), dtype=np.uint8)
+    for frame in range(1, 7):
+        final[frame:].flat[frame - 1 :: 6] = frame  # one more square from each frame on
+    nothing, half = np.zeros_like(final), final.copy()
+    half[4:] = 0
+    found = metrics.new_content(np.stack([nothing, half, final]), final)
+    assert found.tolist() == [[0, 0, 0], [1, 0.5, 0], [1, 1, 1]]
+    assert np.isnan(metrics.new_content(final[None], np.repeat(final[:1], 7, axis=0))).all()
+
+
+def test_correlation_of_rows() -> None:
+    random = torch.Generator().manual_seed(0)
+    one = torch.randn(3, 4, 5, generator=random)
+    other = torch.stack([2 * one[0] + 7, -one[1], torch.randn(4, 5, generator=random)])
+    found = metrics.row_correlation(one, other)
+    expected = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(one, other, strict=True)]
+    assert found.tolist() == pytest.approx(expected)
+    assert found[:2].tolist() == pytest.approx([1, -1])

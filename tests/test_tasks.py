@@ -322,3 +322,15 @@ def test_pairs_differ_in_one_thing_that_decides_the_answer(name: str) -> None:
 def test_tasks_without_counterparts_say_so() -> None:
     with pytest.raises(dl.InputError, match="bounce has 0 pairs among its first 40 samples, and 1 are asked for"):
         reasoner.pairs("bounce", 1)
+
+
+def test_the_first_samples_of_a_kind() -> None:
+    task = reasoner.task("pattern")
+    several, single = task.first(4, several=True), task.first(4, several=False)
+    assert all(len(sample.answers) > 1 for sample in several)
+    assert all(len(sample.answers) == 1 for sample in single)
+    indices = sorted(sample.index for sample in several + single)
+    assert set(range(max(sample.index for sample in several))) - set(indices) <= set(range(single[-1].index, indices[-1]))
+    assert reasoner.task("maze").first(3, several=True) == []
+    assert [sample.index for sample in reasoner.task("maze").first(3, several=False)] == [0, 1, 2]
+    assert task.first(0, several=True) == []

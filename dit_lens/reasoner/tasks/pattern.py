@@ -133,8 +133,8 @@ class PatternTask(Task):
     ) -> tuple[float, float]:
         """What one symbol, blended with the first frame, and what a blend of two leave unexplained at the marked place.
 
-        The one is whichever symbol of the alphabet explains most. Both are shares of the place's squared change from the first
-        frame; nan where it has not changed.
+        The one is whichever symbol of the alphabet explains most, which is the harder opponent: red and green, say, blend to a
+        dim yellow. Both are shares of the place's squared change from the first frame; nan where it has not changed.
 
         Args:
             frame: colours of the squares of the last frame. pair: the two symbols.
