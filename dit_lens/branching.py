@@ -170,19 +170,28 @@ def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run,
 
 
 def with_distances(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with total variation distances between x0-hat's shares and the endings', and what they are to be held against.
+    """The table with distances between x0-hat's shares and the endings', and what they are to be held against.
 
-    ``distance`` is that of the two. ``shuffled`` is to the endings of the next sample with as many answers, of the same
-    task, step, way and branch (nan where there is none). ``floor`` is the expected distance of as many draws *from x0-hat's
-    own shares*: endings are few, so that even the right distribution is never met exactly.
+    ``distance`` is the total variation between the two. Endings are few, so that even the right distribution is never met
+    exactly: ``floor`` is the expected distance of as many draws *from x0-hat's own shares*. ``apart`` is the squared
+    distance, estimated without bias (it may come out below 0), which few endings do not make larger. ``shuffled`` and
+    ``apart_shuffled`` are to the endings of the next sample with as many answers, of the same task, step, way, branch and
+    seed; nan where there is none.
     """
     found, random = table.reset_index(drop=True), np.random.default_rng(0)
     hats, ends = (_shares(found, kind) for kind in ("hat", "end"))
-    found = found.assign(distance=metrics.total_variation(hats, ends), shuffled=np.nan, floor=np.nan)
+    alike = 1 - found["differ"].to_numpy(dtype=float)
+    other = np.full(len(found), -1)
     for _, group in found.groupby(["task", "step", "way", "branch", "seed", "answers"], sort=False):
         places = group.index.to_numpy()
-        if len(places) > 1:
-            found.loc[places, "shuffled"] = metrics.total_variation(hats[places], ends[np.roll(places, 1)])
+        other[places] = np.roll(places, 1) if len(places) > 1 else -1
+    for suffix, which in (("", np.arange(len(found))), ("_shuffled", other)):
+        missing = which < 0
+        apart = (hats**2).sum(axis=1) - 2 * (hats * ends[which]).sum(axis=1) + alike[which]
+        name = "shuffled" if suffix else "distance"
+        found[f"apart{suffix}"] = np.where(missing, np.nan, apart)
+        found[name] = np.where(missing, np.nan, metrics.total_variation(hats, ends[which]))
+    found["floor"] = np.nan
     for place in np.flatnonzero(~np.isnan(hats).any(axis=1)):
         count = int(found["endings"][place])
         draws = random.multinomial(count, hats[place] / hats[place].sum(), size=200) / count

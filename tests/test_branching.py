@@ -225,6 +225,8 @@ def test_endings_beside_what_x0_hat_shows() -> None:
     found = with_distances(pd.concat([live, made.assign(seed=1), empty.assign(seed=2)]).assign(**{"seed": 0, **named}))
     assert found["distance"].to_numpy()[:6] == pytest.approx([0] * 3 + [0.5] * 3, abs=0.05)
     assert found["distance"][6:].isna().all()
+    assert found["apart"][3:6].to_numpy() == pytest.approx(0.5, abs=0.06)
+    assert found["apart"][:3].to_numpy() == pytest.approx(-1 / 6, abs=0.05)  # four draws meet a fair coin better than chance
     assert found["floor"][:6].between(0.12, 0.25).all()  # of four draws of a fair coin: 3/16
 
 
@@ -234,10 +236,28 @@ def test_shuffled_distances_are_to_another_samples_endings() -> None:
             **{"task": "t", "sample": [0, 1, 2], "answers": [2, 2, 3], "step": 1, "way": "w", "branch": "b", "seed": 0},
             **{"endings": 4, "hat_0": [1.0, 0.0, 1.0], "hat_1": [0.0, 1.0, 0.0], "hat_2": [np.nan, np.nan, 0.0]},
             **{"end_0": [1.0, 0.0, 1.0], "end_1": [0.0, 1.0, 0.0], "end_2": [np.nan, np.nan, 0.0], "hat_bits": 5.0},
+            "differ": 0.0,
         }
     )
     found = with_distances(table)
     assert found["distance"].tolist() == [0, 0, 0]
     assert found["shuffled"].tolist()[:2] == [1, 1]
+    assert found["apart"].tolist() == [0, 0, 0]
+    assert found["apart_shuffled"].tolist()[:2] == [2, 2]
     assert np.isnan(found["shuffled"][2]), "there is no other sample with three answers"
     assert found["floor"].tolist() == [0, 0, 0]
+
+
+def test_few_endings_do_not_make_the_squared_distance_larger() -> None:
+    random = np.random.default_rng(0)
+    shares = random.dirichlet([1, 1], size=3000)
+    draws = np.stack([np.eye(2)[random.choice(2, 3, p=share)] for share in shares])
+    differ = [metrics.pairs_differ(each) for each in draws]
+    table = pd.DataFrame(
+        {"hat_0": shares[:, 0], "hat_1": shares[:, 1], "end_0": draws.mean(1)[:, 0], "end_1": draws.mean(1)[:, 1]}
+    )
+    table = table.assign(task="t", sample=range(3000), answers=2, step=1, way="w", branch="b", seed=0, endings=3, differ=differ)
+    found = with_distances(table)
+    assert found["apart"].mean() == pytest.approx(0, abs=0.015)
+    assert found["apart_shuffled"].mean() == pytest.approx(4 / 12, abs=0.03)  # 2 E[(u - v)^2], u and v uniform
+    assert found["distance"].mean() == pytest.approx(found["floor"].mean(), abs=0.01)

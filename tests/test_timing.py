@@ -92,7 +92,7 @@ def planted(search: bool, count: int = 130) -> pd.DataFrame:
                 for way, step in (("other seeds", 0), ("ancestral", 1), ("ancestral", 2)):
                     hat = 0.5 if search or step == 0 else 0.02
                     live = hat - 0.05 * search - 0.02 if step < 2 else 0.02
-                    numbers = {"hat_differ": hat, "differ": live + 0.01 * random.normal(), "shuffled": 0.5, "distance": 0.05}
+                    numbers = {"hat_differ": hat, "differ": live + 0.01 * random.normal(), "apart_shuffled": 0.5, "apart": 0.05}
                     rows.append({**run, "about": "endings", "way": way, "step": step, "sigma": SIGMAS[step], **numbers})
     return clustered(pd.DataFrame(rows))
 
