@@ -199,7 +199,8 @@ def endings(context: Context, left: pd.DataFrame) -> None:
         table,
         "Mean squares per latent element: of the distance between x0-hat and the mean of the endings (without the part that few"
         " endings make), and of the endings about their mean. A stochastic sampler with the model's own distribution has a bias"
-        " of 0 for the conditional branch alone; guided x0-hats are no means, and renoising is no such sampler.",
+        " of 0 for the conditional branch alone; guided x0-hats are no means, and renoising is no such sampler. Where nothing is"
+        " left open the spread is next to 0, and the ratio of the two says nothing.",
     )
 
 

@@ -152,7 +152,9 @@ def test_step_lens_needs_something_to_compare(tmp_path: Path) -> None:
 
 
 def test_decision_time_reads_a_planted_decision(tmp_path: Path) -> None:
-    settings = decision_time.Settings(samples=2, places=(0, 0.5, 1), branched=2, leave=(0, 0.5, 1), endings=4)
+    settings = decision_time.Settings(
+        tasks=("maze-loops", "pattern"), samples=2, places=(0, 0.5, 1), branched=2, leave=(0, 0.5, 1), endings=4
+    )
     made = context(Planted(blurred_then_decided, endings=alive_then_decided), settings, tmp_path)
     results = decision_time.run(made)
     runs = results[results["about"] == "run"]
