@@ -28,7 +28,7 @@ from dit_lens.experiment import Context, Experiment, Part
 from dit_lens.readings import Reader
 from experiments import decision_time_figures
 from experiments.decision_time_claims import CLAIMS
-from experiments.timing import clustered, decisions
+from experiments.timing import clock_at, clustered, decisions
 
 WAYS = ("ancestral", "renoised", "replaced")
 
@@ -63,15 +63,13 @@ def leave(context: Context, samples: Sequence[Any]) -> Part:
     """Endings of the first seed's runs: a row per sample, step and way."""
     settings, inputs = context.settings, context.inputs(samples)
     run = context.clean(samples, [0], settings.batch)
-    last = len(run.timesteps) - 1
-    steps = {round(place * last) for place in settings.leave}
     return Part(
         pd.concat(
             [
                 branch_table(context.lens, samples, run, clock, settings.endings, way, inputs)
-                for clock in context.clock(inputs)
+                for clock in clock_at(context, inputs, settings.leave)
                 for way in WAYS
-                if clock["step"] in steps and clock["step"] < last
+                if clock["step"] < run.steps - 1
             ],
             ignore_index=True,
         )

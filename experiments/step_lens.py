@@ -31,7 +31,7 @@ from dit_lens.experiment import Context, Experiment, Part
 from dit_lens.readings import Reader
 from experiments import step_lens_figures
 from experiments.step_lens_claims import CLAIMS
-from experiments.timing import clustered, decisions
+from experiments.timing import clock_at, clustered, decisions
 
 SEEDS = "other seeds"
 """The way of endings that are final videos of other seeds."""
@@ -77,12 +77,6 @@ def measure(context: Context, samples: Sequence[Any], pictured: Sequence[int]) -
         if branch == first:
             films.append((pixels[[place * settings.seeds for place in pictured]] * 255).round().astype(np.uint8))
     return Part(pd.concat(tables, ignore_index=True), {"films": np.stack(films, axis=1)} if pictured else {})
-
-
-def clock_at(context: Context, inputs: Any, places: Sequence[float]) -> list[dict[str, Any]]:
-    """Step, sigma, timestep and expert at some of the places of the settings."""
-    last = len(context.lens.forecast(**inputs).timesteps) - 1
-    return [clock for clock in context.clock(inputs) if clock["step"] in {round(place * last) for place in places}]
 
 
 def leave(context: Context, samples: Sequence[Any]) -> Part:

@@ -4,12 +4,14 @@ All of it is arithmetic on results that are stored already, so that it may chang
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from dit_lens import metrics
+from dit_lens.experiment import Context
 
 EARLY = 0.88
 """Noise level above which steps are early: that of step 20 of 50 in the setting of paper 2603.16870, from which on its
@@ -17,6 +19,12 @@ sensitivity curve says that pruning is done."""
 COME = 0.9
 """Share of what is new in a part of the clip, from which on it has come."""
 RUN = ["task", "sample", "seed"]
+
+
+def clock_at(context: Context, inputs: Any, places: Sequence[float]) -> list[dict[str, Any]]:
+    """Step, sigma, timestep and expert at some of the places of the settings."""
+    last = len(context.lens.forecast(**inputs).timesteps) - 1
+    return [clock for clock in context.clock(inputs) if clock["step"] in {round(place * last) for place in places}]
 
 
 def decisions(readings: pd.DataFrame) -> pd.DataFrame:
