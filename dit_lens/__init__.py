@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dit_lens import plants, reasoner
     from dit_lens.attribution import Attribution, attribute
     from dit_lens.bench import Outcome
+    from dit_lens.branching import branches
     from dit_lens.plants import planted
     from dit_lens.sweeping import Sweep, sweep
 
@@ -60,6 +61,7 @@ LATER = {
     "sweep": "sweeping",
     "Attribution": "attribution",
     "attribute": "attribution",
+    "branches": "branching",
 }
 """What brings the plots and scipy along, imported when it is asked for."""
 
@@ -102,6 +104,7 @@ __all__ = [
     "Zero",
     "at",
     "attribute",
+    "branches",
     "cosine",
     "difference_of_means",
     "differences_of_means",

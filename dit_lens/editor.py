@@ -21,7 +21,7 @@ from dit_lens.edits import Edit, Moment, Skip
 from dit_lens.errors import InputError, listed
 from dit_lens.knockout import KnockoutAttention
 from dit_lens.latent_edits import Passage, ReplaceLatents
-from dit_lens.noise import noise_state, weighted
+from dit_lens.noise import NoiseState, noise_state, weighted
 from dit_lens.record import check_label
 from dit_lens.schedule import Clock, StepClock
 from dit_lens.selection import Cell, Extent, Selector
@@ -310,9 +310,16 @@ class Editor:
                 if (row, frame) in claimed:
                     self._exclude(claimed[row, frame], index, f"latent frame {frame} at step {step}")
                 claimed[row, frame] = index
-            latents = edit.apply(Passage(step, state, latents, self._seeds, self._last_bet))
+            latents = edit.apply(Passage(step, state, latents, self._seeds, self._last_bet, *self._last_step(step)))
             self.fired[index] += 1
         return latents
+
+    def _last_step(self, step: int) -> tuple[NoiseState, Tensor] | tuple[None, None]:
+        """How clean sample and noise mixed in the latents that the step before took, and these."""
+        clock = self._clock
+        if step == 0 or not isinstance(clock, StepClock):
+            return None, None
+        return noise_state(self._scheduler, clock.timesteps[-1], step - 1), clock.samples[-1]
 
     def _last_bet(self) -> Tensor | None:
         """The x0-hat of the step before, or None before the first one and where there is none."""

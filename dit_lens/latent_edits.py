@@ -1,7 +1,8 @@
 """Edits of the latents that a step takes: noise put in, or the latents of another run.
 
 Latents are off the model's distribution where their noise is not that of the step. There are four ways to disturb them,
-so that an effect of what was lost can be told from an effect of a wrong noise level or of a larger disturbance:
+so that an effect of what was lost can be told from an effect of a wrong noise level or of a larger disturbance. A fifth
+way disturbs nothing: it is the step of a stochastic sampler.
 
 | how | latents of the step become | keeps |
 |---|---|---|
@@ -9,6 +10,16 @@ so that an effect of what was lost can be told from an effect of a wrong noise l
 | `mixed` | sqrt(1 - dose^2) * what they were + dose * noise | 1 - dose^2 of their energy |
 | `sigma_matched` | signal * x0-hat + noise * fresh noise, as the schedule mixes them at this step | the noise level |
 | `dose_matched` | what they were, plus noise whose L2 norm is `dose` times theirs | the size of the disturbance |
+| `ancestral` | signal * x0-hat + noise * (r * predicted noise + sqrt(1 - r^2) * fresh noise) | the model's distribution |
+
+The ancestral step is the one of DDPM (Ho et al. 2020), and of DDIM with eta = 1 (Song et al. 2021), for any mixture of signal
+and noise. With a the signal and b the noise, from the step before (a, b) to this one (a', b'), r = a b' / (a' b) is the
+correlation that a forward noising process leaves between the noise of the two. Its limit of many steps is the reversed
+process itself, dx = [v + (g^2 / 2) score] dt + g dW with g^2 = 2 s / (1 - s) in flow matching (time t runs to clean). Of all
+stochastic samplers with the right marginals it is the one whose *joint* distribution is right: taken at every step from x_s
+on, its results are draws from p(x0 | x_s), and x0-hat is a martingale, so that the mean of the results is x0-hat at s.
+(At sigma 1, r is 0: nothing of x_1 is kept, and branches are new seeds.) Noise that is all fresh at every step,
+`sigma_matched` or the `stochastic_sampling` of diffusers' FlowMatchEulerDiscreteScheduler, has not this property.
 """
 
 from __future__ import annotations
@@ -38,6 +49,7 @@ class Passage:
 
     Attributes:
         step: the step. state: how clean sample and noise mix there. latents: what it would take.
+        before: the same of the step before, and `taken` the latents that it took; None before the first step.
         seeds: the seed of each row.
         x0_hat: what the step before bet on, or None before the first step and where there is no x0-hat.
     """
@@ -47,6 +59,8 @@ class Passage:
     latents: Latents
     seeds: tuple[int, ...]
     x0_hat: Callable[[], Tensor | None]
+    before: NoiseState | None = None
+    taken: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +84,7 @@ class ReplaceLatents:
             tensors of one norm, a share of dose^2 of the energy is new.
             `dose_matched`: add noise (with a donor, the difference to its latents) scaled to `dose` times the L2 norm of
             the row's latents, all frames of them, so that noise in one frame and in all is the same dose.
+            `ancestral`: by those of a stochastic sampler, see the module's page; needs `noise`, and steps from 1 on.
         frames: latent frames, as in `dl.at`; the others keep their bits. All when left out.
         dose: for `dose_matched`, in units of the norm; for `mixed` and, if wanted, `sigma_matched`, from 0 to 1.
         rows: rows of the run; the others keep their bits. All when left out.
@@ -81,7 +96,7 @@ class ReplaceLatents:
     step: Indices
     donor: Run | None = None
     noise: int | Sequence[int] | None = None
-    how: Literal["replace", "mixed", "sigma_matched", "dose_matched"] = "replace"
+    how: Literal["replace", "mixed", "sigma_matched", "dose_matched", "ancestral"] = "replace"
     frames: Indices = None
     dose: float | None = None
     rows: Sequence[int] | None = None
@@ -91,6 +106,8 @@ class ReplaceLatents:
             raise InputError(f"{self} needs what to put there: write donor=run, or noise=seed")
         if self.donor is not None and self.noise is not None and self.how != "sigma_matched":
             raise InputError(f"{self} has a donor and noise; write one of them, or how='sigma_matched', which can take both")
+        if self.how == "ancestral" and self.donor is not None:
+            raise InputError(f"{self} goes on from the run's own x0-hat and takes no donor; write noise=seed")
         optional = self.how == "sigma_matched" and self.noise is not None
         if (self.how in ("dose_matched", "mixed")) != (self.dose is not None) and not optional:
             raise InputError(
@@ -136,6 +153,8 @@ class ReplaceLatents:
     def check_run(self, steps: Sequence[int], forecast: Forecast, scheduler: str) -> None:
         """Before the run: the donor followed this schedule up to the selected steps."""
         donor = self.donor
+        if self.how == "ancestral" and min(steps) == 0:
+            raise InputError(f"{self}: before step 0 there is no x0-hat to go on from; choose steps from 1")
         if donor is None:
             return
         if donor.scheduler != scheduler or donor.timesteps != forecast.timesteps[: donor.steps]:
@@ -156,6 +175,7 @@ class ReplaceLatents:
             "mixed": self._mixed,
             "sigma_matched": self._sigma_matched,
             "dose_matched": self._dosed,
+            "ancestral": self._ancestral,
         }
         changed = ways[self.how](passage, latents, frames).to(passage.latents)
         written = passage.latents.index_copy(2, frames, changed.index_select(2, frames))
@@ -179,6 +199,16 @@ class ReplaceLatents:
             return latents + signal * (clean - own)
         dose, fresh = 1.0 if self.dose is None else self.dose, self._drawn(self.noise, passage, latents)
         return signal * clean + dose * scale * fresh + math.sqrt(1 - dose**2) * (latents - signal * own)
+
+    def _ancestral(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
+        clean = passage.x0_hat()
+        if clean is None or passage.before is None or passage.taken is None or self.noise is None:
+            raise InputError(f"{self}: step {passage.step - 1} implies no x0-hat to go on from; choose later steps")
+        now, before, clean = passage.state, passage.before, clean.to(latents)
+        predicted = (passage.taken.to(latents) - before.signal * clean) / before.noise
+        kept = before.signal * now.noise / (now.signal * before.noise)
+        fresh = self._drawn(self.noise, passage, latents)
+        return now.signal * clean + now.noise * (kept * predicted + math.sqrt(max(0.0, 1 - kept**2)) * fresh)
 
     def _dosed(self, passage: Passage, latents: Tensor, frames: Tensor) -> Tensor:
         source = self._source(passage, latents)

@@ -1,16 +1,17 @@
 """Numbers read from a video, or from the energy of its tokens.
 
-Three questions come back in every experiment. *Where did something move?* The motion map answers it: how far each square of
+Questions that come back in every experiment. *Where did something move?* The motion map answers it: how far each square of
 the board has gone from the first frame, averaged over the frames. *How undecided is the video?* The evidence for each legal
-answer, scaled to a distribution, has an entropy in bits and a number of answers that are still alive. *Does a block spend
-its energy on some region?* The share of energy inside a mask, divided by the share of the area that the mask covers, is 1
-where the block has no preference. *Do two states hold the same arrangement of tokens?* Linear CKA says how alike the
-similarities among tokens are, whatever the directions of the channels.
+answer, scaled to a distribution, has an entropy in bits and a number of answers that are still alive. Where several draws of
+a distribution are compared with it, entropies mislead, as that of a few draws is too low; the chance that two draws differ
+can be estimated without bias. *Does a block spend its energy on some region?* The share of energy inside a mask, divided by
+the share of the area that the mask covers, is 1 where the block has no preference. *Do two states hold the same arrangement
+of tokens?* Linear CKA says how alike the similarities among tokens are, whatever the directions of the channels.
 """
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from scipy.stats import entropy
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
@@ -53,6 +54,75 @@ def answer_entropy(evidence: Float[np.ndarray, " answers"], least: float = DECID
     if len(evidence) < 2 or evidence.sum() < least:
         return float("nan")
     return float(entropy(evidence, base=2))
+
+
+def answer_shares(evidence: Float[np.ndarray, " answers"], least: float = DECIDABLE) -> Float[np.ndarray, " answers"]:
+    """The evidence scaled to sum to 1: a distribution over the answers. All nan where it sums to less than ``least``."""
+    total = float(evidence.sum())
+    return evidence / total if total >= least else np.full(len(evidence), np.nan)
+
+
+def draws_differ(shares: Float[np.ndarray, "*batch answers"]) -> Float[np.ndarray, "*batch"]:
+    """The chance that two draws from a distribution differ: 0 when decided, 1 - 1 / answers when all are level."""
+    return np.asarray(1 - (shares**2).sum(axis=-1))
+
+
+def pairs_differ(draws: Float[np.ndarray, "draws answers"]) -> float:
+    """The chance that two draws differ, estimated without bias from some of them, each a distribution or a one among zeros.
+
+    The mean over all pairs of different draws; undefined draws (nan) are left out, and with fewer than two it is nan.
+    """
+    kept = draws[~np.isnan(draws).any(axis=-1)]
+    if len(kept) < 2:
+        return float("nan")
+    pairs = kept @ kept.T
+    return float(1 - (pairs.sum() - np.trace(pairs)) / (len(kept) * (len(kept) - 1)))
+
+
+def total_variation(
+    one: Float[np.ndarray, "*batch answers"], other: Float[np.ndarray, "*batch answers"]
+) -> Float[np.ndarray, "*batch"]:
+    """Half the sum of the differences of two distributions: the share of cases in which they must disagree."""
+    return np.asarray(np.abs(one - other).sum(axis=-1) / 2)
+
+
+def settled(agrees: Bool[np.ndarray, "steps *batch"]) -> Int[np.ndarray, "*batch"]:
+    """The first step from which on all agree, to the last; the number of steps where the last one does not."""
+    return np.asarray(len(agrees) - np.logical_and.accumulate(agrees[::-1]).sum(axis=0))
+
+
+def bias_and_spread(draws: Float[np.ndarray, "draws *shape"], expected: Float[np.ndarray, "*shape"]) -> tuple[float, float]:
+    """How far the mean of some draws' distribution is from what is expected, and how far the draws are from their mean.
+
+    Both are mean squares over all elements, estimated without bias: the squared distance of the draws' mean holds a share
+    of their variance, which is taken off (so that it may come out below 0).
+    """
+    spread = float(draws.var(axis=0, ddof=1).mean())
+    return float(((draws.mean(axis=0) - expected) ** 2).mean() - spread / len(draws)), spread
+
+
+def new_content(
+    boards: UInt8[np.ndarray, "steps frames rows columns"], final: UInt8[np.ndarray, "frames rows columns"], parts: int = 3
+) -> Float[np.ndarray, "steps parts"]:
+    """How much of what is new in each part of the clip a video shows already, by parts of the clip from first to last.
+
+    ``boards`` are videos read as palette indices, ``final`` the one that they become. New in a frame are the squares that
+    differ from the frame before. nan for a part in which nothing is new.
+    """
+    frames, rows, columns = np.nonzero(final[1:] != final[:-1])
+    right = boards[:, frames + 1, rows, columns] == final[frames + 1, rows, columns]
+    found = np.full((len(boards), parts), np.nan)
+    for part, within in enumerate(np.array_split(np.arange(len(final) - 1), parts)):
+        here = np.isin(frames, within)
+        if here.any():
+            found[:, part] = right[:, here].mean(axis=1)
+    return found
+
+
+def row_correlation(one: Float[Tensor, "batch *shape"], other: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch"]:
+    """Pearson's correlation of two tensors' elements, row by row."""
+    rows = [tensor.flatten(1).double() for tensor in (one, other)]
+    return cosine_similarity(*[row - row.mean(dim=1, keepdim=True) for row in rows], dim=1)
 
 
 def mask_fractions(mask: Bool[np.ndarray, "rows columns"], layout: tuple[int, int]) -> Float[np.ndarray, "height width"]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import dit_lens as dl
 
+TRAINED, SHUFFLED, RANDOM = "trained", "trained, tokens shuffled", "random weights"
+"""Whose energy it is."""
 DOMINANT = 10.0
 """A channel dominates where its root mean square over the tokens of a row is so many times that of the median channel."""
 BEHIND = ("background", "wall", "open", "grid")

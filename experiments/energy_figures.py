@@ -8,7 +8,7 @@ import pandas as pd
 from dit_lens import plots
 from dit_lens.experiment import Context
 from dit_lens.statistics import in_words, summarise
-from experiments.figures import RANDOM, SHUFFLED, TRAINED
+from experiments.energy import RANDOM, SHUFFLED, TRAINED
 
 MEASURES = {"preference": ("preference", 1.0), "localisation": ("localisation (ROC AUC)", 0.5)}
 """What it is called, and what it is where there is none."""

@@ -28,8 +28,7 @@ from dit_lens.claims import Claim, Criterion, difference, mean
 from dit_lens.experiment import CLOCK_COLUMNS, Context, Experiment, Part
 from dit_lens.statistics import Interval
 from experiments import energy_figures as figures
-from experiments.energy import components, energies, localisation, regions
-from experiments.figures import RANDOM, SHUFFLED, TRAINED
+from experiments.energy import RANDOM, SHUFFLED, TRAINED, components, energies, localisation, regions
 
 PAPER, CLEANED = "as in the paper", "without dominant channels and first frame"
 EARLY, MIDDLE = (0.0, 0.25), (0.25, 0.75)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,51 +18,65 @@ from dit_lens.errors import InputError
 from dit_lens.experiment import Context, run_experiment
 from dit_lens.reasoner import board
 from dit_lens.report import write_report
-from experiments import probe_map, step_lens
+from dit_lens.schedule import Forecast
+from experiments import decision_time, probe_map, step_lens
 from experiments.probe_figures import TRAINED, UNTRAINED
 
 SIGMAS = (1.0, 0.8, 0.4)
-FORECAST = SimpleNamespace(sigmas=SIGMAS, timesteps=(1000.0, 800.0, 400.0), experts=("transformer",) * 3)
+FORECAST = Forecast((1000.0, 800.0, 400.0), SIGMAS, ("transformer",) * 3, ("cond",))
 
 
 @dataclass
 class Planted:
     """As much of a lens as an experiment uses, over a model that does what the test says.
 
-    ``videos`` gives the decoded x0-hat of a (sample, seed, step); ``stream`` what is recorded of a (sample, cell). The
-    video of the last step is the final one.
+    ``videos`` gives the decoded x0-hat of a (sample, seed, step); ``stream`` what is recorded of a (sample, cell);
+    ``endings`` the video of a (sample, step, number of the ending) of a state of seed 0. The video of the last step is the
+    final one. Videos are the latents, and velocities are 0.
     """
 
     videos: Callable[[Any, int, int], np.ndarray]
     stream: Callable[[Any, dl.Cell], np.ndarray] | None = None
+    endings: Callable[[Any, int, int], np.ndarray] | None = None
     blocks: int = 2
     pipe: Any = None
 
     def forecast(self, **_: Any) -> Any:
         return FORECAST
 
-    def run(self, samples: list[Any], seed: Any, record: Any = None, decode: bool = True) -> Any:
+    def run(self, samples: list[Any], seed: Any, record: Any = None, edits: Any = (), **_: Any) -> dl.Run:
         seeds = [seed] if isinstance(seed, int) else seed
         lists = seeds if isinstance(seeds[0], list) else [seeds] * len(samples)
-        rows = [(sample, s) for sample, its in zip(samples, lists, strict=True) for s in its]
-        clips = [torch.stack([torch.from_numpy(self.videos(x, s, step)).float() for x, s in rows]) for step in range(3)]
+        rows = [(sample, s, place) for sample, its in zip(samples, lists, strict=True) for place, s in enumerate(its)]
+
+        def video(sample: Any, seed: int, place: int, step: int) -> torch.Tensor:
+            if not edits:
+                return torch.from_numpy(self.videos(sample, seed, step)).float()
+            assert self.endings is not None
+            return torch.from_numpy(self.endings(sample, edits[0].step, place)).float()
+
+        clips = torch.stack([torch.stack([video(*row, step) for row in rows]) for step in (0, 1, 2, 2)])
         entries = []
         for step, block in np.ndindex(3, self.blocks) if self.stream else ():
             cell = dl.Cell("transformer", step, "cond", block, sigma=SIGMAS[step], timestep=1000 * SIGMAS[step], depth=block / 2)
             tensor = torch.from_numpy(np.stack([self.stream(sample, cell) for sample in samples]))  # pyright: ignore
             entries.append(Entry(cell, 0, "planted", tensor))
-        return SimpleNamespace(
-            seeds=tuple(s for _, s in rows), video=clips[-1], layout=Layout(5, 8, 8),
-            activations=Activations(entries), x0_hat=lambda step, branch: clips[step],
+        latents = clips.movedim(-1, 2)
+        return dl.Run(
+            seeds=tuple(s for _, s, _ in rows), prompts=tuple(sample.prompt for sample, _, _ in rows), layout=Layout(5, 8, 8),
+            scheduler="planted", timesteps=FORECAST.timesteps, sigmas=torch.tensor(SIGMAS), experts=FORECAST.experts,
+            branches=("cond",), latents=latents, weights=tuple((1.0, -sigma) for sigma in SIGMAS), video=clips[-1],
+            outputs=dict.fromkeys(("guided", "cond"), torch.zeros_like(latents[:-1])), activations=Activations(entries),
         )  # fmt: skip
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
+        return latents.movedim(1, -1)
 
 
 def context(lens: Any, settings: Any, folder: Path) -> Context:
     made = Context(lens, settings, folder, "planted", "planted", {})
     made.inputs = lambda samples: {"samples": list(samples)}  # a planted lens is handed the samples themselves
+    made.clean = lambda samples, seeds=(0,), batch=None: lens.run(samples=list(samples), seed=list(seeds))
     return made
 
 
@@ -80,28 +93,55 @@ def blurred_then_decided(sample: Any, seed: int, step: int) -> np.ndarray:
     return answer(sample, seed % len(sample.answers))
 
 
+def alive_then_decided(sample: Any, step: int, ending: int) -> np.ndarray:
+    """Endings of a blur take all answers in turn, those of a decided state the one that was decided."""
+    return answer(sample, (ending if step == 0 else 0) % len(sample.answers))
+
+
 def test_step_lens_reads_a_planted_decision(tmp_path: Path) -> None:
-    settings = step_lens.Settings(tasks=("maze", "maze-loops"), samples=3, seeds=2, batch=6, places=(0, 0.5, 1))
-    made = context(Planted(blurred_then_decided), settings, tmp_path)
+    settings = step_lens.Settings(
+        tasks=("maze", "maze-loops", "pattern"), several=2, places=(0, 0.5, 1), leave=(0, 0.5), endings=6, finals=2
+    )
+    made = context(Planted(blurred_then_decided, endings=alive_then_decided), settings, tmp_path)
     results = step_lens.run(made)
-    assert len(results) == 2 * 3 * 2 * 3
-    loops, mazes = (results[results["task"] == name] for name in ("maze-loops", "maze"))
-    first, last = loops[loops["step"] == 0], loops[loops["step"] == 2]
-    assert (first["entropy"] > 0.8).all()  # two or three level answers
+    read = results[results["about"] == "x0-hat"]
+    assert len(read) == (2 + 2 + 3) * 2 * 3
+    several, single = read[read["answers"] > 1], read[read["answers"] == 1]
+    first, last = several[several["step"] == 0], several[several["step"] == 2]
+    assert (first["entropy"] > 0.95).all()  # level answers
     assert (first["alive"] == first["answers"]).all()
     assert first["cosine_seeds"].to_numpy() == pytest.approx(1)  # a blur is the same for every seed
-    assert last["entropy"].to_numpy() == pytest.approx(0)
+    assert first["correlation_seeds"].to_numpy() == pytest.approx(1)
+    assert (first["correlation_samples"] < 0.999).all()
+    assert last["entropy"].to_numpy() == pytest.approx(0, abs=1e-3)
     assert (last["alive"] == 1).all()
     assert last["right"].all()
     assert last["cosine_final"].to_numpy() == pytest.approx(1)
     assert (last["cosine_other_seed"] < 0.999).all()
-    # One legal route: decided from the start, and nothing to be undecided about.
-    assert mazes["right"].all()
-    assert mazes["entropy"].isna().all()
-    assert mazes["cosine_other_seed"].to_numpy() == pytest.approx(1)
-    assert (mazes["cosine_other_sample"] < 0.999).all()
-    assert results["sigma"].drop_duplicates().tolist() == list(SIGMAS)
-    assert {"right-guided.png", "entropy-guided.png", "watch.png", "maze-0.png", "maze-loops-0.png"} <= set(made.files)
+    # One legal answer: decided from the start, nothing to be undecided about, and nothing of a decoy.
+    assert single["right"].all()
+    assert single["entropy"].isna().all()
+    assert (single["fooled"].dropna() == 1).all()
+    assert single["cosine_other_seed"].to_numpy() == pytest.approx(1)
+    assert (single["cosine_other_sample"] < 0.999).all()
+    assert read["sigma"].drop_duplicates().tolist() == list(SIGMAS)
+    # Of two level symbols no single one explains what is seen.
+    patterns = first[first["task"] == "pattern"]
+    assert (patterns["one_symbol"] > 0.05).all()
+    assert patterns["two_symbols"].to_numpy() == pytest.approx(0, abs=1e-4)
+    endings = results[results["about"] == "endings"]
+    blur, decided = endings[endings["step"] == 0], endings[endings["step"] == 1]
+    sampled = blur[blur["way"] == "ancestral"]
+    assert (sampled["differ"] > 0.5).all()
+    assert (sampled["distance"] < 0.05).all()
+    assert (blur.loc[blur["way"] == "other seeds", "differ"] > 0.9).all()  # two seeds, two answers
+    assert decided["differ"].to_numpy() == pytest.approx(0, abs=1e-3)
+    assert (decided["lost"] == 0).all()
+    runs = results[results["about"] == "run"]
+    assert (runs.loc[(runs["answers"] > 1) & (runs["seed"] == 1), "decided"] == 0.5).all()
+    assert runs.loc[runs["answers"] == 1, "decided"].isna().all()
+    pictures = {"right-guided.png", "entropy-guided.png", "watch.png", "settling.png", "endings.png", "superposition.png"}
+    assert pictures | {"maze-0.png", "maze-loops-0.png"} <= set(made.files)
 
 
 def test_step_lens_needs_something_to_compare(tmp_path: Path) -> None:
@@ -110,18 +150,40 @@ def test_step_lens_needs_something_to_compare(tmp_path: Path) -> None:
             step_lens.run(context(None, replace(step_lens.Settings(), **change), tmp_path))
 
 
+def test_decision_time_reads_a_planted_decision(tmp_path: Path) -> None:
+    settings = decision_time.Settings(
+        tasks=("maze-loops", "pattern"), samples=2, places=(0, 0.5, 1), branched=2, leave=(0, 0.5, 1), endings=4
+    )
+    made = context(Planted(blurred_then_decided, endings=alive_then_decided), settings, tmp_path)
+    results = decision_time.run(made)
+    runs = results[results["about"] == "run"]
+    assert (runs.loc[runs["seed"] == 1, "decided_sigma"] == SIGMAS[1]).all()
+    assert (runs.loc[runs["seed"] == 0, "decided_sigma"] >= SIGMAS[1]).all()
+    endings = results[results["about"] == "endings"]
+    assert set(endings["step"]) == {0, 1}  # nothing leaves the last step
+    assert set(endings["way"]) == {"ancestral", "renoised", "replaced"}
+    assert (endings.loc[endings["step"] == 0, "differ"] > 0.4).all()
+    assert (endings.loc[endings["step"] == 1, "lost"] == 0).all()
+    assert {"decision.png"} == set(made.files)
+    with pytest.raises(InputError, match="compares with another seed"):
+        decision_time.run(context(None, replace(settings, seeds=1), tmp_path))
+    with pytest.raises(InputError, match="no sample of maze has several legal answers"):
+        decision_time.run(context(None, replace(settings, tasks=("maze",)), tmp_path))
+
+
 MAP = probe_map.Settings(samples=10, batch=5, places=(0, 1), closer_samples=10, workers=1)
 
 
 @pytest.mark.parametrize(
     ("module", "settings"),
     [
-        (step_lens, step_lens.Settings(tasks=("tictactoe",), samples=2, seeds=2, batch=4, places=(0, 1))),
+        (step_lens, step_lens.Settings(tasks=("tictactoe",), branched=1, places=(0, 1), leave=(0,))),
+        (decision_time, decision_time.Settings(tasks=("tictactoe",), places=(0, 1), leave=(0,))),
         (probe_map, MAP),
     ],
 )
 def test_runs_end_to_end_on_a_tiny_pipeline(module: Any, settings: Any, tmp_path: Path) -> None:
-    lens, arguments = dl.wrap(tiny_pipeline()), {"num_inference_steps": 3}
+    lens, arguments = dl.wrap(tiny_pipeline(experts=2)), {"num_inference_steps": 3}
     manifest = run_experiment(module.EXPERIMENT, lens, tmp_path, preset="quick", settings=settings, arguments=arguments)
     results = pd.read_parquet(tmp_path / module.EXPERIMENT.name / "results.parquet")
     assert {"step", "sigma", "timestep", "expert", "branch"} <= set(results.columns)
@@ -161,7 +223,7 @@ def test_a_probe_map_has_every_control_and_goes_on_where_it_stopped(tmp_path: Pa
         assert "10 held-out samples, 50% of the puzzles for testing. Thinned: 1 of 7 tasks" in figure["caption"]
 
 
-@pytest.mark.parametrize("module", [step_lens, probe_map])
+@pytest.mark.parametrize("module", [step_lens, probe_map, decision_time])
 def test_presets_are_settings_of_one_kind(module: Any) -> None:
     presets = module.EXPERIMENT.presets
     assert set(presets) == {"quick", "full"}

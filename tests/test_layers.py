@@ -14,6 +14,7 @@ LAYERS = """
 dit_lens.errors
 dit_lens.files
 dit_lens.reasoner.board dit_lens.reasoner.settings
+dit_lens.reasoner.unmixing
 dit_lens.reasoner.tasks.base
 dit_lens.reasoner.tasks.bounce dit_lens.reasoner.tasks.circle dit_lens.reasoner.tasks.maze
     dit_lens.reasoner.tasks.pattern dit_lens.reasoner.tasks.permanence dit_lens.reasoner.tasks.tictactoe
@@ -48,7 +49,7 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build dit_lens.plants.features
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench probes.linear probes.newton probes.ridge
+dit_lens.plots dit_lens.bench dit_lens.branching dit_lens.readings probes.linear probes.newton probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools
@@ -68,13 +69,16 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone
+experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone
+    experiments.timing
 experiments.noised experiments.noise_claims experiments.swapping experiments.merging
 experiments.energy_figures experiments.noise_figures experiments.propagation_figures experiments.layer_swap_figures
-    experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims
+    experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims experiments.step_lens_claims
+    experiments.step_lens_figures experiments.decision_time_claims
+experiments.decision_time_figures
 experiments.benchmark_patching experiments.benchmark_probes experiments.held_out experiments.noise experiments.page
     experiments.probe_map experiments.propagation experiments.step_lens experiments.token_energy experiments.layer_swap
-    experiments.ensemble
+    experiments.ensemble experiments.decision_time
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 

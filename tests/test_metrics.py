@@ -124,3 +124,54 @@ def test_cka_knows_no_rotation_no_scale_no_shift_and_no_order(seed: int, scale: 
     assert metrics.linear_cka(other, one).numpy() == pytest.approx(before.numpy(), rel=1e-9)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
     assert metrics.linear_cka(one[:, order], other[:, order]).numpy() == pytest.approx(before.numpy(), rel=1e-9)
+
+
+def test_chances_that_draws_differ() -> None:
+    assert metrics.draws_differ(np.array([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]])).tolist() == [0.5, 0, 0.375]
+    assert metrics.pairs_differ(np.eye(2)[[0, 0, 1, 1]]) == pytest.approx(4 / 6)
+    assert metrics.pairs_differ(np.array([[0.5, 0.5], [0.5, 0.5]])) == pytest.approx(0.5)
+    assert metrics.pairs_differ(np.array([[1.0, 0.0], [np.nan, np.nan], [1.0, 0.0]])) == 0
+    assert np.isnan(metrics.pairs_differ(np.eye(2)[:1]))
+    # Without bias, however few draws there are; the entropy of a few draws is not.
+    random = np.random.default_rng(0)
+    shares = np.array([0.6, 0.3, 0.1])
+    few = [metrics.pairs_differ(np.eye(3)[random.choice(3, 3, p=shares)]) for _ in range(4000)]
+    assert np.mean(few) == pytest.approx(metrics.draws_differ(shares), abs=0.02)
+
+
+def test_shares_and_their_distance() -> None:
+    assert metrics.answer_shares(np.array([0.2, 0.6])).tolist() == pytest.approx([0.25, 0.75])
+    assert np.isnan(metrics.answer_shares(np.array([0.02, 0.03]))).all()
+    assert metrics.total_variation(np.array([1.0, 0.0]), np.array([0.25, 0.75])) == pytest.approx(0.75)
+
+
+def test_settled_is_the_first_step_after_which_nothing_changes() -> None:
+    agrees = np.array([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 1, 0]], dtype=bool)
+    assert metrics.settled(agrees).tolist() == [2, 2, 0, 3]
+
+
+def test_bias_and_spread_have_no_bias() -> None:
+    random = np.random.default_rng(0)
+    found = np.array([metrics.bias_and_spread(random.normal(0.3, 2, size=(4, 50)), np.zeros(50)) for _ in range(400)])
+    assert found.mean(axis=0) == pytest.approx([0.09, 4.0], rel=0.15)
+
+
+def test_new_content_by_parts_of_the_clip() -> None:
+    final = np.zeros((7, 2, 3), dtype=np.uint8)
+    for frame in range(1, 7):
+        final[frame:].flat[frame - 1 :: 6] = frame  # one more square from each frame on
+    nothing, half = np.zeros_like(final), final.copy()
+    half[4:] = 0
+    found = metrics.new_content(np.stack([nothing, half, final]), final)
+    assert found.tolist() == [[0, 0, 0], [1, 0.5, 0], [1, 1, 1]]
+    assert np.isnan(metrics.new_content(final[None], np.repeat(final[:1], 7, axis=0))).all()
+
+
+def test_correlation_of_rows() -> None:
+    random = torch.Generator().manual_seed(0)
+    one = torch.randn(3, 4, 5, generator=random)
+    other = torch.stack([2 * one[0] + 7, -one[1], torch.randn(4, 5, generator=random)])
+    found = metrics.row_correlation(one, other)
+    expected = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(one, other, strict=True)]
+    assert found.tolist() == pytest.approx(expected)
+    assert found[:2].tolist() == pytest.approx([1, -1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dit_lens.reasoner.board import Colour
 from dit_lens.reasoner.tasks import TASKS
 from dit_lens.reasoner.tasks.pattern import continuations, sequences
 
-TASK = TASKS["pattern"]
+TASK: Any = TASKS["pattern"]
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=3, max_size=7))
@@ -68,3 +69,16 @@ def test_an_object_of_the_row_that_is_lost_is_seen() -> None:
         boards = sample.boards.copy()
         boards[-1][sample.puzzle.top : sample.puzzle.top + 3, :3] = Colour.BLACK
         assert TASK.score(board.paint(boards) / 255, sample).reason == "the sequence changed"
+
+
+def test_what_one_symbol_and_two_leave_unexplained() -> None:
+    for sample in TASK.first(12, several=True):
+        ends = [board.PALETTE[end] / 255 for end in (sample.boards[0], *sample.finals)]
+        pair = sample.answers[:2]
+        assert TASK.unexplained(ends[1], sample, pair) == pytest.approx((0, 0), abs=1e-6)
+        one, two = TASK.unexplained((ends[1] + ends[2]) / 2, sample, pair)
+        assert two == pytest.approx(0, abs=1e-6)
+        # Red and green blend to a dim yellow, but no single size is two of them.
+        assert one > 0.01 or sample.puzzle.kind == "colour"
+        assert TASK.unexplained(0.3 * ends[0] + 0.7 * ends[2], sample, pair)[0] == pytest.approx(0, abs=1e-6)
+        assert np.isnan(TASK.unexplained(ends[0], sample, pair)).all(), "nothing is drawn"

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 
 import dit_lens as dl
 from dit_lens import reasoner
-from dit_lens.reasoner import board
+from dit_lens.reasoner import board, unmixing
 from dit_lens.reasoner.tasks import TASKS, Answer, Sample
 
 COUNT = 60
@@ -215,18 +215,56 @@ def test_evidence_is_all_for_what_is_shown_and_none_for_nothing(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["maze-loops", "tictactoe", "pattern"])
-def test_a_blend_of_two_answers_speaks_for_both(name: str) -> None:
-    several = [sample for sample in held_out(name) if len(sample.answers) > 1][:15]
+def test_blends_with_known_weights_are_unmixed(name: str) -> None:
+    several = [sample for sample in held_out(name) if len(sample.answers) > 1]
     assert len(several) >= 10
+    random = np.random.default_rng(5)
     for sample in several:
-        first, second = (carried_out(sample, answer) for answer in sample.answers[:2])
-        found = sample.task.evidence(((first + second) / 2)[None], [sample])[0]
-        # An even blend with white may lie as far from a dark colour as the start does, see `Task.evidence`.
-        if "white" not in repr((sample.puzzle, sample.answers)):
-            assert (found[:2] > 0.1).all()
-        assert (found[:2] < 0.9).all()
-        half = sample.task.evidence(((first + first[:1]) / 2)[None], [sample])[0]
-        assert half[0] == pytest.approx(0.5, abs=1e-5)
+        clips = [carried_out(sample, answer) for answer in sample.answers]
+        even = sample.task.evidence(((clips[0] + clips[1]) / 2)[None], [sample])[0]
+        if len(clips) == 2:
+            assert even == pytest.approx([0.5, 0.5], abs=1e-5)
+        # The first frame has a weight too, and the weights of answers that share squares are told apart.
+        weights = random.dirichlet(np.ones(len(clips) + 1))
+        blend = sum(weight * clip for weight, clip in zip(weights, [*clips, np.repeat(clips[0][:1], 17, axis=0)], strict=True))
+        found = sample.task.evidence(np.asarray(blend, dtype=np.float32)[None], [sample])[0]
+        own = unmixing.plan(sample.boards[0], sample.finals).own
+        for which, mask in enumerate(own):
+            if (mask & (sample.finals == sample.finals[which]).sum(axis=0) > 1).any():
+                continue  # it is read on squares that others paint too
+            assert found[which] == pytest.approx(weights[which], abs=1e-4)
+
+
+@every_task
+def test_half_way_to_an_answer_counts_half(name: str) -> None:
+    for sample in held_out(name)[:30] if name != "permanence" else ():
+        clip = carried_out(sample, sample.answers[0])
+        found = sample.task.evidence(((clip + clip[:1]) / 2)[None], [sample])[0]
+        assert found[0] == pytest.approx(0.5, abs=1e-5)
+
+
+@every_task
+def test_a_decoy_can_be_told_from_every_answer(name: str) -> None:
+    for sample in held_out(name)[:30]:
+        decoy = sample.task.decoy(sample)
+        if name == "permanence" or decoy is None:
+            continue
+        assert decoy not in sample.answers
+        seen = sample.task.evidence(carried_out(sample, decoy)[None], [sample], [[*sample.answers, decoy]])[0]
+        assert seen[-1] == pytest.approx(1, abs=1e-5)
+        right = sample.task.evidence(sample.video()[None], [sample], [[*sample.answers, decoy]])[0]
+        assert right[-1] < 0.35
+        assert right[sample.shown] == pytest.approx(1, abs=1e-5)
+    if name != "permanence":  # medium, beside small and large, paints nothing that is its own
+        assert np.mean([sample.task.decoy(sample) is not None for sample in held_out(name)[:30]]) > 0.7
+
+
+def test_a_colour_that_no_answer_has_speaks_for_none() -> None:
+    sample = next(sample for sample in held_out("tictactoe") if "BLUE" in repr(sample.puzzle.colour(sample.puzzle.player)))
+    video = carried_out(sample, sample.answers[0])
+    target = board.PALETTE[board.Colour.BLUE] / 255
+    white = np.where(np.isclose(video, target.astype(np.float32), atol=1e-6).all(axis=-1, keepdims=True), 1.0, video)
+    assert sample.task.evidence(white.astype(np.float32)[None], [sample])[0] == pytest.approx(np.zeros(len(sample.answers)))
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
@@ -296,3 +334,15 @@ def test_untouched_squares_stay_in_every_legal_video(name: str) -> None:
         moved |= (boards != boards[0]).any(axis=0)
     assert (moved == ~sample.untouched).all()
     assert sample.untouched.any()
+
+
+def test_the_first_samples_of_a_kind() -> None:
+    task = reasoner.task("pattern")
+    several, single = task.first(4, several=True), task.first(4, several=False)
+    assert all(len(sample.answers) > 1 for sample in several)
+    assert all(len(sample.answers) == 1 for sample in single)
+    indices = sorted(sample.index for sample in several + single)
+    assert set(range(max(sample.index for sample in several))) - set(indices) <= set(range(single[-1].index, indices[-1]))
+    assert reasoner.task("maze").first(3, several=True) == []
+    assert [sample.index for sample in reasoner.task("maze").first(3, several=False)] == [0, 1, 2]
+    assert task.first(0, several=True) == []

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from dit_lens.errors import InputError
-from dit_lens.reasoner import board
+from dit_lens.reasoner import board, unmixing
 from dit_lens.reasoner.settings import CALL
 
 Split = Literal["train", "test"]
@@ -30,6 +30,12 @@ Answer = Hashable
 
 HELD_OUT_SHARE = 1 / 8
 """Share of puzzle classes (puzzles up to symmetry) that are held out for testing."""
+
+DECOY_ATTEMPTS = 20
+"""How many wrong answers are tried for one that can be told from every legal one."""
+
+SEARCHED = 40
+"""Samples that are looked at for each one of a kind."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,16 @@ class Sample:
     @cached_property
     def answer_masks(self) -> Bool[np.ndarray, "answers 16 16"]:
         """The squares that each legal answer paints in the last frame."""
-        start = self.boards[0]
-        return np.stack([self.task.draw(self.puzzle, a, 5)[-1] != start for a in self.answers])
+        return self.finals != self.boards[0]
+
+    @cached_property
+    def finals(self) -> UInt8[np.ndarray, "answers 16 16"]:
+        """The last frame of each legal answer, as palette indices."""
+        return self.ends(self.answers)
+
+    def ends(self, answers: Sequence[Answer]) -> UInt8[np.ndarray, "answers 16 16"]:
+        """The last frame of each of these answers, legal or not, as palette indices."""
+        return np.stack([self.task.draw(self.puzzle, answer, 5)[-1] for answer in answers])
 
     @cached_property
     def untouched(self) -> Bool[np.ndarray, "16 16"]:
@@ -190,6 +204,23 @@ class Task(ABC):
         prompt = self.wordings[random.integers(len(self.wordings))].format(**self.words(puzzle))
         return Sample(self, split, index, puzzle, prompt, shown, frames, answers)
 
+    def first(self, count: int, several: bool, split: Split = "test") -> list[Sample]:
+        """The first samples with several legal answers, or with one; none where there is none among the first 40.
+
+        Raises:
+            InputError: there are some, and too few among the first 40 for each that is asked for.
+        """
+        kind: list[Sample] = []
+        for index in range(SEARCHED * max(1, count)):
+            if len(kind) == count or (index == SEARCHED and not kind):
+                return kind
+            sample = self.sample(split, index)
+            kind += [sample] if (len(sample.answers) > 1) == several else []
+        if len(kind) == count or not kind:
+            return kind
+        which = "several answers" if several else "one answer"
+        raise InputError(f"{self.name} has {len(kind)} samples with {which} where {count} are asked for; ask for fewer")
+
     def pair(self, sample: Sample) -> tuple[Sample, Sample] | None:
         """A sample and a counterpart of the same wording, or None where there is none; always the same one.
 
@@ -217,36 +248,36 @@ class Task(ABC):
         return [self.judge(b, s) for b, s in zip(boards, samples, strict=True)]
 
     def evidence(
-        self, videos: Float[np.ndarray, "batch frames 64 64 3"], samples: Sequence[Sample]
+        self,
+        videos: Float[np.ndarray, "batch frames 64 64 3"],
+        samples: Sequence[Sample],
+        answers: Sequence[Sequence[Answer]] | None = None,
     ) -> list[Float[np.ndarray, " answers"]]:
         """How near the last frame has come to each legal answer, from 0 (no nearer than the first frame) to 1 (all the way).
 
-        For each answer, only the squares count whose final colour no other legal answer shares: there, one minus the
-        distance (RGB) of the square's colour to the answer's, over the distance from which it started, clipped to [0, 1],
-        and averaged. An even blend of a square's first and final colours counts one half; one of two answers' colours counts
-        less for both, and may count nothing for a dark colour that is blended with white.
+        For each answer, only the squares count whose final colour no other answer shares. There the square's colour is taken
+        for a mixture of the colours that it can have, the first frame's and those of the answers, and the answer's share is
+        the weight of its own; so an even blend of two answers counts one half for each, as does an even blend of an answer
+        and the first frame. `dit_lens.reasoner.unmixing.shares` says how, and what is done with colours that leave it open.
+
+        Args:
+            answers: what to look for in each video, legal or not, in place of the sample's legal answers.
         """
         last = board.square_colours(np.asarray(videos)[:, -1])
-        return [self._evidence(frame, sample) for frame, sample in zip(last, samples, strict=True)]
+        wanted = [s.finals for s in samples] if answers is None else [s.ends(a) for s, a in zip(samples, answers, strict=True)]
+        return unmixing.shares(last, [unmixing.plan(s.boards[0], each) for s, each in zip(samples, wanted, strict=True)])
 
-    def _evidence(self, frame: Float[np.ndarray, "16 16 3"], sample: Sample) -> Float[np.ndarray, " answers"]:
-        finals = np.stack([self.draw(sample.puzzle, a, 5)[-1] for a in sample.answers])
-        palette = board.PALETTE.astype(np.float64) / 255
-        start = palette[sample.boards[0]]
-        found = np.zeros(len(finals))
-        for i, final in enumerate(finals):
-            own = final != sample.boards[0]
-            for j, other in enumerate(finals):
-                if i != j:
-                    own &= final != other
-            # An answer whose squares all belong to others too (a crossing of routes) is read on everything it paints.
-            own = own if own.any() else final != sample.boards[0]
-            if not own.any():
-                continue
-            target = palette[final[own]]
-            left = np.linalg.norm(frame[own] - target, axis=-1) / np.linalg.norm(start[own] - target, axis=-1)
-            found[i] = (1 - left).clip(0, 1).mean()
-        return found
+    def decoy(self, sample: Sample) -> Answer | None:
+        """A wrong answer that paints something which no legal one paints so, always the same one; None where none is found.
+
+        What a video shows of it is a measure of how much a reading finds where nothing is to be found.
+        """
+        for attempt in range(DECOY_ATTEMPTS):
+            wrong = self.wrong(sample.puzzle, np.random.default_rng([sample.index, attempt]))
+            end = sample.ends([wrong])[0]
+            if ((end != sample.boards[0]) & (end != sample.finals).all(axis=0)).any():
+                return wrong
+        return None
 
 
 def progress(frames: int) -> Float[np.ndarray, " frames"]:
