@@ -5,6 +5,7 @@ the scheduler, the settings and the code into one word; the manifest of an exper
 person.
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -43,11 +44,11 @@ def fingerprint(lens: Any, settings: Mapping[str, Any], arguments: Mapping[str, 
 
 @cache
 def code_hash(source: Path) -> str:
-    """SHA-256 over the source of ``source``, of dit_lens (without what only draws or trains) and of probes.
+    """SHA-256 over the source of ``source``, of what it imports from beside it, of dit_lens and of probes.
 
-    Read once in a process, as the code that runs was read once too.
+    What only draws or trains is left out. Read once in a process, as the code that runs was read once too.
     """
-    files = [source]
+    files = [source, *_imported_beside(source)]
     for package in ("dit_lens", "probes"):
         folder = Path(inspect.getfile(import_module(package))).parent
         files += [path for path in folder.rglob("*.py") if path.name not in DRAWING and "train" not in path.name]
@@ -55,6 +56,21 @@ def code_hash(source: Path) -> str:
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _imported_beside(source: Path) -> set[Path]:
+    """The files of the same folder that a source file imports, and those that they import; without figures."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop().read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module.rpartition(".")[2], *(name.name for name in node.names)]
+                files = {source.parent / f"{name}.py" for name in names if not name.startswith("figures")}
+                new = {path for path in files if path.exists()} - found - {source}
+                found |= new
+                waiting += new
+    return found
 
 
 def scheduler_facts(lens: Any) -> dict[str, Any]:

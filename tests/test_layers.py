@@ -47,7 +47,7 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench probes.linear probes.ridge
+dit_lens.plots dit_lens.bench probes.change_points probes.linear probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools
@@ -64,8 +64,10 @@ dit_lens.experiment
 dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
-experiments.figures
-experiments.benchmark_patching experiments.held_out experiments.probe_map experiments.step_lens experiments.token_energy
+experiments.ablation_cases experiments.content_shares experiments.damage
+experiments.figures experiments.figures_layers experiments.readings
+experiments.benchmark_patching experiments.held_out experiments.layer_ablation experiments.probe_map experiments.specialization
+    experiments.step_lens experiments.token_energy
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
