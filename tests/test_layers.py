@@ -49,7 +49,7 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build dit_lens.plants.features
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench dit_lens.branching dit_lens.readings probes.linear probes.newton probes.ridge
+dit_lens.plots dit_lens.bench dit_lens.branching dit_lens.readings probes.change_points probes.linear probes.newton probes.ridge
 dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools
@@ -70,15 +70,15 @@ dit_lens.report dit_lens.checks
 dit_lens.cli
 experiments
 experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone
-    experiments.timing
-experiments.noised experiments.noise_claims experiments.swapping experiments.merging
-experiments.energy_figures experiments.noise_figures experiments.propagation_figures experiments.layer_swap_figures
-    experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims experiments.step_lens_claims
-    experiments.step_lens_figures experiments.decision_time_claims
+    experiments.timing experiments.content_shares experiments.damage experiments.ablation_cases
+experiments.noised experiments.noise_claims experiments.swapping experiments.merging experiments.readings
+experiments.energy_figures experiments.layer_figures experiments.noise_figures experiments.propagation_figures
+    experiments.layer_swap_figures experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims
+    experiments.step_lens_claims experiments.step_lens_figures experiments.decision_time_claims
 experiments.decision_time_figures
 experiments.benchmark_patching experiments.benchmark_probes experiments.held_out experiments.noise experiments.page
     experiments.probe_map experiments.propagation experiments.step_lens experiments.token_energy experiments.layer_swap
-    experiments.ensemble experiments.decision_time
+    experiments.ensemble experiments.decision_time experiments.layer_ablation experiments.specialization
 """
 """From the bottom up. An indented line goes on with the layer above it; modules of one layer do not import each other."""
 
