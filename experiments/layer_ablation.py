@@ -45,7 +45,7 @@ class Settings:
     pool: int = 4
     batch: int = 4
     steps: int = 6
-    depths: tuple[float, ...] = (0, 0.35, 0.7, 1)
+    depths: tuple[float, ...] = (0, 0.35, 0.7)
     cases: tuple[str, ...] = (
         "skip update all",
         "skip update early",
