@@ -131,8 +131,8 @@ def ridge_compared(store: dl.Store, samples: Sequence[Any], checked: int, random
     options: dict[str, Any] = {"workers": workers} if workers > 1 else {}
     table = read_map(store, samples, **options)
     spent = time.perf_counter() - begun
-    # A column with the baselines' missing blocks holds no whole numbers.
-    grid = table[(table["reader"] == PROBE) & table["estimate"].notna()].astype({"block": int})
+    # Columns with the baselines' missing blocks and steps hold no whole numbers.
+    grid = table[(table["reader"] == PROBE) & table["estimate"].notna()].astype({"block": int, "step": int})
     chosen = grid.iloc[random.permutation(len(grid))[:checked]]
     records: list[dict[str, Any]] = chosen.to_dict("records")  # pyright: ignore[reportAssignmentType]
     labels = store.stack(**{axis: records[0][axis] for axis in CELL}, task=samples[0].task.name)[1]

@@ -105,7 +105,7 @@ def test_a_failed_check_ends_with_one(model: Path, monkeypatch: pytest.MonkeyPat
     [
         (["lst"], "no command 'lst'; there are reproduce, run, list, describe, check, report; did you mean list?"),
         (["run", "step-lense"], "no experiment 'step-lense'"),
-        (["reproduce", "--only", "nothing"], "no experiment 'nothing'; there are step-lens, token-energy, probe-map"),
+        (["reproduce", "--only", "nothing"], "no experiment 'nothing'; there are step-lens, noise, propagation, "),
         (["reproduce", "--preset", "slow"], "no preset 'slow' of step-lens: write one of quick, full"),
         (["run", "step-lens", "--preset", "slow"], "no preset 'slow'"),
         (["run", "step-lens", "--samplse", "3"], "Unrecognized options: --samplse"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,5 +173,7 @@ def test_places_are_found_on_any_schedule(steps: int, expected: list[int], tmp_p
 
 def test_the_experiments_are_found_through_their_entry_points() -> None:
     found = experiments()
-    assert list(found) == ["step-lens", "token-energy", "probe-map"]
+    declared = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert set(found) == set(declared["dit_lens.experiments"])
+    assert [one.source for one in found.values()] == sorted(one.source for one in found.values())
     assert all(set(experiment.presets) >= {"quick", "full"} for experiment in found.values())
