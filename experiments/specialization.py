@@ -36,6 +36,7 @@ from experiments.content_shares import CONTENT_OF, of_damage, of_patching, of_re
 from experiments.damage import Scorer
 from experiments.layer_figures import ABLATED, NOISE, OTHER, PATCHED
 from experiments.readings import blocks_of, call_of, readings
+from experiments.specialization_claims import CLAIMS
 
 TOWARDS = "towards the donor's answer"
 
@@ -145,4 +146,5 @@ EXPERIMENT = Experiment(
         ),
     },
     run=run,
+    claims=CLAIMS,
 )
