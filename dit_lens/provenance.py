@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-DRAWING = {"cli.py", "report.py", "plots.py"}
-"""Modules that show results without shaping them: a change there leaves measured parts valid."""
+DRAWING = {"cli.py", "report.py", "plots.py", "claims.py"}
+"""Modules that show or judge results without shaping them: a change there leaves measured parts valid."""
 
 
 def fingerprint(lens: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any], source: Path) -> str:
@@ -60,7 +60,7 @@ def code_hash(source: Path) -> str:
 
 
 def _beside(source: Path) -> set[Path]:
-    """The modules of ``source``'s own package that it imports, and that these import, without those that only draw."""
+    """The modules of ``source``'s own package that it imports, and that these import, without those that only draw or judge."""
     found: set[Path] = set()
     waiting = [source]
     while waiting:
@@ -68,7 +68,7 @@ def _beside(source: Path) -> set[Path]:
         imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
         own = [node for node in imports if (node.module or "").split(".")[0] == source.parent.name]
         names = {name for node in own for name in ((node.module or "").split(".")[-1], *(each.name for each in node.names))}
-        paths = {source.parent / f"{name}.py" for name in names if not name.endswith("figures")}
+        paths = {source.parent / f"{name}.py" for name in names if not name.endswith(("figures", "claims"))}
         new = {path for path in paths if path.is_file()} - found - {source}
         found |= new
         waiting += new

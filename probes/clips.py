@@ -27,7 +27,7 @@ from probes.clip_targets import ClipTarget, Unit, clip_questions, clip_targets
 from probes.controls import read_with_controls
 from probes.features import Features, Units, pooled_clip, pooled_frames
 from probes.linear import split_groups
-from probes.maps import CELL, LATENTS, LEVELS, PLACE, PROBE, drawn_by
+from probes.maps import CELL, LATENTS, LEVELS, PLACE, PROBE, check_split, drawn_by
 from probes.ridge import Question, Reading, read_all
 from probes.targets import Drawn
 
@@ -123,6 +123,7 @@ def _read_units(
         raise InputError(
             f"{other[0]!r} is not asked of a {unit}" if other else f"{task.name} has no target of a {unit}: write one"
         )
+    check_split(samples, [sample.group for sample in samples])
     by_number = {sample.index: sample for sample in samples}
     here = {**wanted, "task": task.name, "sample": list(by_number)}
     index = store.index[store.index["run"].isin(_matching(store.rows, here)["run"])]

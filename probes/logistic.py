@@ -29,7 +29,7 @@ from torch import Tensor
 from dit_lens.errors import InputError
 from dit_lens.statistics import Interval
 from probes.newton import Problems, areas, minimised
-from probes.ridge import FOLDS, Question, Reading, check_split, interval, of_same_rows, varies
+from probes.ridge import FOLDS, Question, Reading, check_rows, interval, of_same_rows, varies
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
 """Of half the sum of squared weights on standardised features, beside the sum of the log-losses (scikit-learn's 1 / C)."""
@@ -74,7 +74,7 @@ def read_stack(
         InputError: a group is on both sides of the test split, lengths that differ, a question of a number, a penalty that is not
             positive, or features that are no finite numbers.
     """
-    check_split(features.shape[1], questions, groups, test)
+    check_rows(features.shape[1], questions, groups, test)
     numbers = [question.name for question in questions if question.kind == "number"]
     if numbers:
         raise InputError(f"{numbers[0]} is a number, and logistic probes tell classes apart: read it with probes.ridge")

@@ -97,7 +97,7 @@ def read_all(
     Raises:
         InputError: a group is on both sides of the test split, fewer training groups than folds, or lengths that differ.
     """
-    check_split(len(features), questions, groups, test)
+    check_rows(len(features), questions, groups, test)
     count = len(np.unique(groups[~test]))
     if count < folds:
         raise InputError(
@@ -112,7 +112,7 @@ def read_all(
     return [found[question.name] for question in questions]
 
 
-def check_split(
+def check_rows(
     rows: int, questions: Sequence[Question], groups: Shaped[np.ndarray, " rows"], test: Bool[np.ndarray, " rows"]
 ) -> None:
     """Raise an InputError where lengths differ, or a group is on both sides of the test split."""

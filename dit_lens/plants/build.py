@@ -10,7 +10,7 @@ from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from dit_lens.errors import InputError, listed
 from dit_lens.plants import mechanisms, parts
 from dit_lens.plants.model import GAIN, GUIDANCE, STEPS, TEXTURE, Planted, plain_image, schedule
-from dit_lens.plants.stream import HEADS, WIDTH, Stream, blank, random_background
+from dit_lens.plants.stream import HEADS, WIDTH, Stream, blank_pipeline, random_background
 from dit_lens.plants.table import Truth
 
 KINDS = ("text", "copy", "mlp", "step", "redundant", "distractor", "branch")
@@ -60,15 +60,7 @@ def planted(
         raise InputError(f"there is no kind {kind!r} of planted model; write {listed((*KINDS, 'none'))}")
     if blocks < 4 or steps < 3:
         raise InputError(f"blocks={blocks} and steps={steps} leave no room around a plant; write blocks=4 and steps=3, or more")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipe = WanImageToVideoPipeline(
-            tokenizer=parts.tokenizer(),  # pyright: ignore[reportArgumentType]
-            text_encoder=parts.text_encoder(),
-            vae=parts.vae(),
-            scheduler=parts.scheduler(),
-            transformer=blank(blocks),
-        )
+    pipe = blank_pipeline(blocks, seed)
     stream = Stream(seed, QUIET if kind == "redundant" else ANCHOR)
     truth = _place(kind, stream, blocks, steps, block, head, step, branch)
     denoiser: WanTransformer3DModel = pipe.transformer

@@ -36,7 +36,7 @@ from dit_lens.pairs import Pair, joined_inputs
 from dit_lens.plants import mechanisms, parts
 from dit_lens.plants.model import GAIN, GUIDANCE, STEPS, TEXTURE
 from dit_lens.plants.readings import PROBE_ALARM
-from dit_lens.plants.stream import HEADS, PATCH, Stream, blank, random_background
+from dit_lens.plants.stream import HEADS, PATCH, Stream, blank_pipeline, random_background
 
 FEATURES = ("written", "erased", "moved", "nonlinear", "absent")
 """What can be planted; see `planted_feature`."""
@@ -240,15 +240,7 @@ def planted_feature(
         raise InputError(f"use={use!r} of a feature that is {kind}: write silent; of one that is written, reads or ignores too")
     if per not in ("token", "clip") or blocks < 5:
         raise InputError(f"per={per!r} and blocks={blocks}: write token or clip, and 5 blocks or more")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipe = WanImageToVideoPipeline(
-            tokenizer=parts.tokenizer(),  # pyright: ignore[reportArgumentType]
-            text_encoder=parts.text_encoder(),
-            vae=parts.vae(),
-            scheduler=parts.scheduler(),
-            transformer=blank(blocks),
-        )
+    pipe = blank_pipeline(blocks, seed)
     stream = Stream(seed, ANCHOR)
     truth = _place(kind, stream, block, second, per, use, blocks)
     denoiser: WanTransformer3DModel = pipe.transformer

@@ -13,9 +13,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
+from dit_lens.plants import parts
 from dit_lens.plants.parts import LATENT_CHANNELS, TEXT_DIMENSION
 
 HEADS = 4
@@ -96,6 +97,19 @@ def blank(blocks: int) -> WanTransformer3DModel:
             table: Tensor = block.scale_shift_table  # pyright: ignore[reportAssignmentType]
             table[:, [2, 5]] = 1.0
     return denoiser.eval()
+
+
+def blank_pipeline(blocks: int, seed: int) -> WanImageToVideoPipeline:
+    """A pipeline around a blank denoiser, its other parts drawn after a seed; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanImageToVideoPipeline(
+            tokenizer=parts.tokenizer(),  # pyright: ignore[reportArgumentType]
+            text_encoder=parts.text_encoder(),
+            vae=parts.vae(),
+            scheduler=parts.scheduler(),
+            transformer=blank(blocks),
+        )
 
 
 @torch.no_grad()
