@@ -28,7 +28,7 @@ def fingerprint(lens: Any, settings: Mapping[str, Any], arguments: Mapping[str, 
     """Sixteen hex digits that change whenever a measurement could.
 
     ``settings`` and ``arguments`` are the experiment's own and those overridden for the pipeline; ``source`` is the file of
-    the experiment. The device type counts, since numerics differ there; the number of threads does not.
+    the experiment. The device type and TF32 count, since numerics differ there; the number of threads does not.
     """
     facts = {
         "model": lens.hash,
@@ -36,7 +36,7 @@ def fingerprint(lens: Any, settings: Mapping[str, Any], arguments: Mapping[str, 
         "settings": dict(settings),
         "arguments": dict(arguments),
         "code": code_hash(source),
-        "device": lens.pipe.device.type,
+        "device": (lens.pipe.device.type, tf32(lens.pipe.device)),
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -101,6 +101,11 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("dit_lens", "torch", "diffusers", "transformers", "nnsight")}
 
 
+def tf32(device: torch.device) -> bool:
+    """Whether float32 matrices are multiplied in TF32 there."""
+    return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
 def device_facts(lens: Any) -> dict[str, Any]:
     """The device, in words: what computed, under which system, with how many threads."""
     device = lens.pipe.device
@@ -110,4 +115,5 @@ def device_facts(lens: Any) -> dict[str, Any]:
         "name": name,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()}, Python {platform.python_version()}",
+        **({"tf32": True} if tf32(device) else {}),
     }
