@@ -112,10 +112,10 @@ def made(*arguments: Any, **ways: Any) -> Denoiser:
 
 
 DUAL = {
-    ("picture",): (("visual",), ("picture",)),
-    ("picture", "words"): (("visual", "text"), ("picture", "words")),
-    ("words", "picture"): (("text", "visual"), ("words", "picture")),
-    ("words", "embedding", "picture"): (("text", "visual"), ("words", "picture")),
+    ("picture",): (("visual",), ("picture",), (0,)),
+    ("picture", "words"): (("visual", "text"), ("picture", "words"), (0, 1)),
+    ("words", "picture"): (("text", "visual"), ("words", "picture"), (0, 1)),
+    ("words", "embedding", "picture"): (("text", "visual"), ("words", "picture"), (0, 2)),
 }
 
 
@@ -125,7 +125,7 @@ def test_streams_are_told_by_what_moves_them(order: tuple[str, ...], text: int) 
     found = discover(made(order), call(text=text))
     (stack,) = found.stacks
     assert (stack.path, stack.block, stack.count) == ("strange_name", "Block", 3)
-    assert (stack.streams, stack.parameters) == DUAL[order]
+    assert (stack.streams, stack.parameters, stack.places) == DUAL[order]
     assert not stack.joined
     assert found.aside == ("prepare_refiner",)
     assert found.tokens == {"visual": 18, **({"text": text} if "words" in order else {})}
@@ -136,14 +136,14 @@ def test_latents_need_not_be_the_first_argument() -> None:
     given = call()
     given |= {"words": given.pop("encoder_hidden_states"), "encoder_hidden_states": None}  # pyright: ignore
     (stack,) = discover(Turned(("words", "picture")), given).stacks
-    assert (stack.streams, stack.parameters) == DUAL["words", "picture"]
+    assert (stack.streams, stack.parameters, stack.places) == DUAL["words", "picture"]
 
 
 @pytest.mark.parametrize(("joined", "streams"), [("tv", ("text", "visual")), ("vt", ("visual", "text")), ("v", ("visual",))])
 def test_a_joined_sequence_is_taken_apart(joined: str, streams: tuple[str, ...]) -> None:
     found = discover(made(("words", "picture"), joined), call())
     assert [stack.path for stack in found.stacks] == ["strange_name", "rest"]
-    assert found.stacks[1] == Stack("rest", "Single", 2, streams, ("sequence",))
+    assert found.stacks[1] == Stack("rest", "Single", 2, streams, ("sequence",), (0,))
     assert found.stacks[1].joined == (len(streams) > 1)
 
 
@@ -162,7 +162,7 @@ class OneSequence(Denoiser):
 def test_a_sequence_that_is_joined_from_the_start(joined: str, streams: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     found = discover(OneSequence(("words", "picture"), joined).eval(), call())
-    assert found.stacks == (Stack("rest", "Single", 2, streams, ("sequence",)),)
+    assert found.stacks == (Stack("rest", "Single", 2, streams, ("sequence",), (0,)),)
     assert found.tokens == {name: {"text": TEXT, "visual": 18, "extra": 3}[name] for name in streams}
     assert found.patches == Patches("cfhw", (1, 2, 1))
 
@@ -178,7 +178,7 @@ def test_patches_are_measured() -> None:
 def test_neither_adding_in_place_nor_between_blocks_confuses(way: str) -> None:
     for order in (("picture",), ("words", "picture")):
         (stack,) = discover(made(order, **{way: True}), call()).stacks
-        assert (stack.streams, stack.parameters) == DUAL[order]
+        assert (stack.streams, stack.parameters, stack.places) == DUAL[order]
 
 
 def test_the_denoiser_and_the_random_state_are_left_as_they_were() -> None:
@@ -239,7 +239,7 @@ def test_wan_is_found_as_its_record_says() -> None:
     )  # fmt: skip
     inputs = {"timestep": torch.tensor([500]), "encoder_hidden_states": torch.randn(1, 7, 16)}
     found = discover(denoiser, {"hidden_states": torch.randn(1, 4, 3, 8, 6), **inputs})
-    stack = Stack("blocks", "WanTransformerBlock", 3, ("visual",), ("hidden_states",))
+    stack = Stack("blocks", "WanTransformerBlock", 3, ("visual",), ("hidden_states",), (0,))
     assert found == Found((stack,), (), {"visual": 36}, Patches("cfhw", (1, 2, 2)))
 
 

@@ -46,6 +46,7 @@ class Stack:
         path: of their list, in the denoiser. block: name of their class. count: how many there are.
         streams: what a block takes and returns, in the order of its return value; where they are joined, of the sequence.
         parameters: of the block's `forward`, one for each stream, or one for all that are joined.
+        places: where a block returns what `parameters` bring, among all that it returns.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Stack:
     count: int
     streams: tuple[str, ...]
     parameters: tuple[str, ...]
+    places: tuple[int, ...]
 
     @property
     def joined(self) -> bool:
@@ -131,8 +133,8 @@ def discover(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Found:
         if len(held) > 1 and any(len(streams) > 1 for streams in held):
             raise Undecided(f"blocks of {path} of the {name} have a joined sequence and {len(held) - 1} more; write a record")
         flat = tuple(stream for streams in held for stream in streams)
-        stacks.append(Stack(path, type(members[0].block).__name__, len(members), flat, tuple(carried)))
-        places = list(carried.values())
+        places = tuple(carried.values())
+        stacks.append(Stack(path, type(members[0].block).__name__, len(members), flat, tuple(carried), places))
         before = [(streams, members[-1].returned[place]) for streams, place in zip(held, places, strict=True)]
     if not stacks:
         raise Undecided(f"no list of the {name} carries tokens that change with its latents; describe it with a record")
