@@ -194,12 +194,12 @@ class _Marked:
     def __init__(self, denoiser: nn.Module, arguments: Mapping[str, Any], first: Call) -> None:
         self.denoiser, self.arguments, self.first = denoiser, dict(arguments), first
         names = inspect.signature(type(denoiser).forward).parameters
-        self.latents = next((name for name in names if _movable(self.arguments.get(name))), "")
+        self.latents = next((name for name in names if is_movable(self.arguments.get(name))), "")
         if not self.latents:
             raise Undecided(f"a {type(denoiser).__name__} takes no latents, as (batch, channels, ...); describe it with a record")
         self.moved: dict[str, dict[str, Tensor]] = {}
         for name, value in self.arguments.items():
-            if _movable(value):
+            if is_movable(value):
                 stream = VISUAL if name == self.latents else AUDIO if "audio" in name else TEXT
                 for parameter, changed in self.changes({name: _other(value)}).items():
                     known = self.moved.setdefault(stream, {})
@@ -292,7 +292,7 @@ class _Marked:
         return Patches(axes, tuple(sizes))
 
 
-def _movable(value: Any) -> bool:
+def is_movable(value: Any) -> bool:
     """Whether an argument holds latents or embeddings: numbers in at least two axes, beside the batch or in a list."""
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and all(isinstance(one, Tensor) and one.is_floating_point() for one in value)
