@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Case:
         except (FFmpegError, IndexError, ValueError) as error:  # damaged, without a video stream, without a frame
             raise InputError(f"{self.path / 'ground_truth.mp4'} is no video; write an MP4 there") from error
 
+    @cached_property
+    def frames(self) -> int:
+        """How many frames the true video has; errors as of `video`."""
+        return len(self.video())
+
     @property
     def inputs(self) -> dict[str, Any]:
         """Pipeline arguments: prompt, image, and the size and length of the true video."""
@@ -56,7 +62,7 @@ class Case:
             "image": self.first_frame,
             "height": height,
             "width": width,
-            "num_frames": len(self.video()),
+            "num_frames": self.frames,
         }
 
 
