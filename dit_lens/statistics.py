@@ -199,7 +199,12 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str], cluster: str =
     for key, group in kept.groupby(list(by), sort=False, observed=True, dropna=False):
         found = asdict(mean_interval(group[value], group[cluster], level=level))
         rows.append({**dict(zip(by, key, strict=True)), "mean": found.pop("estimate"), **found})
-    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "clusters", "measurements"])
+    found = pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "clusters", "measurements"])
+    if rows:
+        return found
+    # An empty table has the types of a full one, so that what it is concatenated with keeps its own.
+    ends, counts = dict.fromkeys(("mean", "low", "high"), float), dict.fromkeys(("clusters", "measurements"), int)
+    return found.astype({**{name: table[name].dtype for name in by}, **ends, **counts})
 
 
 def in_words(summary: pd.DataFrame, digits: int = 2) -> str:

@@ -32,9 +32,9 @@ def blocks_of(context: Context, inputs: dict[str, Any]) -> tuple[list[int], int]
     return sorted({round(depth * (count - 1)) for depth in context.settings.depths}) or list(range(count)), count
 
 
-def read(context: Context, task: reasoner.Task) -> Part:
+def read(context: Context, task: str) -> Part:
     """A small map of a task's targets: what `read_map` says of the last latent frame."""
-    samples = [task.sample("test", index) for index in range(context.settings.read)]
+    samples = [reasoner.task(task).sample("test", index) for index in range(context.settings.read)]
     inputs = call_of(context, samples[:1])
     record = dl.at(step=context.steps(inputs), branch=context.settings.branch, block=blocks_of(context, inputs)[0], frames=-1)
     steps = inputs["num_inference_steps"]
@@ -42,7 +42,7 @@ def read(context: Context, task: reasoner.Task) -> Part:
         store = dl.Store(folder)
         others = {"batch": context.settings.batch, **context.arguments, "num_inference_steps": steps}
         observe(context.lens, store, samples, record, progress=False, **others)
-        return Part(read_map(store, samples, progress=False).assign(task=task.name))
+        return Part(read_map(store, samples, progress=False).assign(task=task))
 
 
 def readings(context: Context) -> pd.DataFrame:
@@ -54,7 +54,7 @@ def readings(context: Context) -> pd.DataFrame:
         if set(there.columns) >= NEEDED and set(CONTENTS) <= set(there["content"].dropna()):
             found = there[there["branch"] == context.settings.branch].assign(source="probe-map")
     if found is None:
-        jobs = {name: partial(read, context, task) for name, task in reasoner.named(context.settings.read_tasks).items()}
+        jobs = {task: partial(read, context, task) for task in context.settings.read_tasks}
         parts = context.units("probes", jobs).values()
         found = pd.concat([part.table for part in parts], ignore_index=True).assign(source="own map")
     found = found[found["reader"].isin([PROBE, LATENTS])]
