@@ -316,5 +316,5 @@ def _steps_measured(results: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
+    table.to_parquet(buffer, index=False, compression="zstd")
     return buffer.getvalue()

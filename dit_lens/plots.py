@@ -20,6 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREYS = (("#444444", (0, (4, 2))), ("#808080", (0, (1, 1))), ("#777777", (0, (6, 1.5, 1, 1.5))))
+FEW = 0.05
+"""Share of a panel's largest number of samples below which a point is not drawn: one run of a hundred is no curve."""
 LOOK: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -55,7 +57,7 @@ def curve_grid(
     ``table`` has those columns, ``x``, and ``mean``, ``low``, ``high``, ``clusters`` as `dit_lens.statistics.summarise`
     makes them. ``row_labels`` names the y axes and fixes the order of the rows; ``controls`` are the series drawn grey;
     ``lines_at`` draws a thin level line per row (chance). ``levels`` is a table like ``table`` without ``x``: what does not
-    depend on x, drawn across as a control. ``noise_axis`` turns x round, for sigma.
+    depend on x, drawn across as a control. ``noise_axis`` turns x round, for sigma. Points of very `FEW` samples are left out.
     """
     columns, names = list(dict.fromkeys(table[column])), list(dict.fromkeys(table[series]))
     if levels is not None:
@@ -73,6 +75,7 @@ def curve_grid(
             line[0].set_ylabel(label)
             for axis, panel in zip(line, columns, strict=True):
                 here = table[(table[row] == value) & (table[column] == panel)]
+                here = here[here["clusters"] >= FEW * here["clusters"].max()]
                 for name in names:
                     _curve(axis, here[here[series] == name].sort_values(x), x, looks[name], name)
                 if lines_at and value in lines_at:
@@ -316,10 +319,10 @@ def _curve(axis: Axes, points: pd.DataFrame, x: str, look: dict[str, Any], label
 
 
 def _count(axis: Axes, clusters: pd.Series) -> None:
-    """How many samples stand behind a panel, in its corner."""
+    """How many samples stand behind a panel, above its corner, where no curve is."""
     low, high = clusters.min(), clusters.max()
     text = f"N = {high}" if low == high else f"N = {low}-{high}"
-    axis.text(0.98, 0.03, text, ha="right", va="bottom", transform=axis.transAxes, fontsize=7, color="#666666")
+    axis.text(1.0, 1.01, text, ha="right", va="bottom", transform=axis.transAxes, fontsize=7, color="#666666")
 
 
 def _numbers(axis: Axes, grid: np.ndarray, limits: tuple[float, float], dark_is_high: bool = False) -> None:

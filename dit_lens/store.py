@@ -420,7 +420,7 @@ def _table(path: Path) -> pd.DataFrame:
 
 def _parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
+    table.to_parquet(buffer, index=False, compression="zstd")
     return buffer.getvalue()
 
 

@@ -24,6 +24,12 @@ from dit_lens.errors import InputError, listed
 KINDS = ("skip", "zero", "mean", "resample", "noise")
 POOLED = ("mean", "resample")
 BANDS = ("all", "early", "middle", "late")
+THINNED = (
+    *(f"skip update {band}" for band in BANDS if band != "all"),
+    *(f"{kind} update all" for kind in ("mean", "resample")),
+    *(f"zero {site} all" for site in ("attn", "cross_attn", "mlp")),
+)
+"""Cases that the full preset tries at every other block."""
 KEPT = 8
 """How many samples of a pool are drawn from where an activation is resampled."""
 

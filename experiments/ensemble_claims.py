@@ -24,13 +24,13 @@ def claim(name: str, to: str, statement: str) -> Claim:
     than merging outputs; the thresholds are 0, since the reported gain (0.031 where 0.315 are wrong) cannot be had here."""
 
     def gain(results: pd.DataFrame) -> Interval:
-        gains = results[chosen(results, to, HIDDEN, MIDDLE)].groupby("case")["gain"].mean()
+        gains = results[chosen(results, to, HIDDEN, MIDDLE)].groupby("cluster")["gain"].mean()
         return mean(gains, gains.index.to_series())
 
     def over(what: str, window: str = "") -> Callable[[pd.DataFrame], Interval]:
         def measured(results: pd.DataFrame) -> Interval:
             this, other = chosen(results, to, HIDDEN, MIDDLE), chosen(results, to, what, window)
-            return difference(results, "gain", this, other, cluster="case")
+            return difference(results, "gain", this, other, cluster="cluster")
 
         return measured
 

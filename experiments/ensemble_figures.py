@@ -56,7 +56,7 @@ def gains(context: Context, results: pd.DataFrame) -> None:
     here = named(results)
     here = here[(here["k"] == context.settings.seeds) & (here["what"] != merging.NONE)]
     both = pd.concat([here, here.assign(setup=TOGETHER)]) if here["setup"].nunique() > 1 else here
-    summary = summarise(both, "gain", ["setup", "series", "way"], cluster="case")
+    summary = summarise(both, "gain", ["setup", "series", "way"], cluster="cluster")
     every = named(results)
     unmerged = every[(every["k"] == context.settings.seeds) & (every["what"] == merging.NONE)]
     alone = summarise(unmerged, "value", ["setup"], cluster="case")

@@ -28,7 +28,7 @@ from dit_lens import reasoner
 from dit_lens.activations import Activations
 from dit_lens.experiment import Context, Experiment, Part
 from experiments import layer_figures
-from experiments.ablation_cases import BANDS, POOLED, Case, band_steps, pooled
+from experiments.ablation_cases import POOLED, THINNED, Case, band_steps, pooled
 from experiments.damage import Scorer
 from experiments.layer_figures import OTHER_SEED
 
@@ -38,8 +38,9 @@ OTHER_NOISE = 10_000
 
 @dataclass(frozen=True)
 class Settings:
-    """``cases`` are "kind site band"; ``depths`` places along the blocks (0 the first, 1 the last), all when there is none;
-    ``pool`` further samples are what is put in place; ``steps`` of denoising; ``batch`` rows per pipeline call."""
+    """``cases`` are "kind site band", and the ``thinned`` ones are tried at every other block, the last among them; ``depths``
+    are places along the blocks (0 the first, 1 the last), all when there is none; ``pool`` further samples are what is put in
+    place; ``steps`` of denoising; ``batch`` rows per pipeline call."""
 
     tasks: tuple[str, ...] = ("circle",)
     samples: int = 3
@@ -55,6 +56,7 @@ class Settings:
         "noise update all",
         "zero attn all",
     )
+    thinned: tuple[str, ...] = ()
 
 
 class Ablations:
@@ -89,6 +91,10 @@ class Ablations:
         sites = list(dict.fromkeys(case.site for case in self.cases if case.kind in POOLED))
         return pooled(self.lens, dl.at(block=self.blocks, site=sites), calls)
 
+    def places(self, case: Case) -> list[int]:
+        """The blocks at which a case is tried."""
+        return self.blocks[::-2][::-1] if str(case) in self.settings.thinned else self.blocks
+
     def measure(self, task: str, first: int, case: Case | None) -> Part:
         """One case on one batch, or other noise: a row for each sample, block and measure."""
         samples, inputs, seeds = self.call(task, first, self.settings.samples)
@@ -101,7 +107,7 @@ class Ablations:
         pool = self.pool(task) if kind in POOLED else {}
         known = clean.answers(before=steps[0]) if steps[0] else None
         tables = []
-        for block in self.blocks if case else [None]:
+        for block in self.places(case) if case else [None]:
             if case is None or block is None:
                 edited = self.lens.run(**inputs, seed=[[seed + OTHER_NOISE] for (seed,) in seeds])
             else:
@@ -141,11 +147,8 @@ EXPERIMENT = Experiment(
             batch=100,
             steps=8,
             depths=(),
-            cases=(
-                *(f"skip update {band}" for band in BANDS),
-                *(f"{kind} update all" for kind in ("noise", "mean", "resample")),
-                *(f"zero {site} all" for site in ("attn", "cross_attn", "mlp")),
-            ),
+            cases=("skip update all", "noise update all", *THINNED),
+            thinned=THINNED,
         ),
     },
     run=run,

@@ -222,7 +222,9 @@ class Bench:
         """The columns that name a sample, a seed and the first step."""
         setup = f"{sample.task.name}, {self.clean.steps} steps"
         named = {"task": sample.task.name, "sample": sample.index, "seed": seed, "steps": self.clean.steps, "setup": setup}
-        return {**named, "case": f"{setup}/{sample.index}", **self._clock}
+        # A sample that runs in two setups is one sample where both are taken together.
+        whose = {"case": f"{setup}/{sample.index}", "cluster": f"{sample.task.name}/{sample.index}"}
+        return {**named, **whose, **self._clock}
 
     @cached_property
     def _clock(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
     tables = []
     for (model, measure), panel in panels.items():
         rows = part[part["reader"].isin([model, *BASELINES])]
-        y = rows["block"].map(lambda block: f"{block}").where(rows["reader"] == model, rows["reader"])
+        y = rows["block"].astype("string").where(rows["reader"] == model, rows["reader"])
         tables.append(rows.assign(panel=panel, value=rows[measure], y=y))
     blocks = [f"{block}" for block in sorted(part["block"].dropna().unique())]
     baselines = [reader for reader in BASELINES if (part["reader"] == reader).any()]

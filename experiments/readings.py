@@ -14,6 +14,7 @@ import dit_lens as dl
 from dit_lens import reasoner
 from dit_lens.experiment import CLOCK_COLUMNS, Context, Part, read_manifest
 from experiments.content_shares import CONTENTS
+from experiments.probe_figures import TRAINED
 from probes.maps import LATENTS, PROBE, observe, read_map
 
 NEEDED = {"task", "target", "content", "reader", *CLOCK_COLUMNS, "branch", "block", "depth"}
@@ -52,7 +53,9 @@ def readings(context: Context) -> pd.DataFrame:
     if manifest and manifest["model"]["hash"] == context.lens.hash:
         there = pd.read_parquet(folder / "results.parquet")
         if set(there.columns) >= NEEDED and set(CONTENTS) <= set(there["content"].dropna()):
-            found = there[there["branch"] == context.settings.branch].assign(source="probe-map")
+            found = (
+                there[there["branch"] == context.settings.branch].replace({"reader": {TRAINED: PROBE}}).assign(source="probe-map")
+            )
     if found is None:
         jobs = {task: partial(read, context, task) for task in context.settings.read_tasks}
         parts = context.units("probes", jobs).values()

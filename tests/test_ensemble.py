@@ -176,9 +176,9 @@ def planted(gains: dict[tuple[str, str], float], samples: int = 120) -> pd.DataF
         for what, window in ways:
             drawn = (random.random(samples) < abs(gains.get((what, window), 0.0))) * np.sign(gains.get((what, window), 0.0))
             way = {"measure": RIGHT, "what": what, "window": window, "to": to, "branch": "both", "k": 3}
-            rows += [{**way, "case": f"maze/{i}", "gain": gain} for i, gain in enumerate(drawn)]
+            rows += [{**way, "cluster": f"maze/{i}", "gain": gain} for i, gain in enumerate(drawn)]
     noise = {"measure": LENGTH, "what": HIDDEN, "window": MIDDLE, "to": TO_ALL, "branch": "both", "k": 3, "gain": 9.0}
-    return pd.DataFrame([*rows, {**noise, "case": "maze/0"}])
+    return pd.DataFrame([*rows, {**noise, "cluster": "maze/0"}])
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,12 @@ def planted_call(self: Any, task: str, first: int, end: int) -> Any:
 
 def test_every_block_is_missed_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = ("skip update all", "skip update early", "skip update late", "noise update all")
-    settings = layer_ablation.Settings(tasks=("circle", "maze"), samples=3, batch=2, depths=(), cases=cases)
+    settings = layer_ablation.Settings(tasks=("circle", "maze"), samples=3, batch=2, depths=(), cases=cases, thinned=cases[2:3])
     lens = Planted([])
     made = planted_context(lens, settings, tmp_path, monkeypatch)
     results = layer_ablation.run(made)
-    assert len(results) == 2 * 3 * 5 * (4 * 4 + 1)  # tasks, samples, measures, cases x blocks and another seed
+    assert len(results) == 2 * 3 * 5 * (3 * 4 + 2 + 1)  # tasks, samples, measures, cases x blocks, of one case half, another seed
+    assert sorted(results.loc[results["case"] == "skip update late", "block"].unique()) == [1, 3]
     means: Any = results.pivot_table("damage", ["case", "block"], "measure", dropna=False)
     for case in ("skip update all", "skip update early"):
         found = means.loc[case]

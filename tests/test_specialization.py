@@ -21,7 +21,9 @@ from dit_lens.report import write_report
 from experiments import specialization
 from experiments.content_shares import CONTENTS, of_damage, of_patching, of_readings, shares
 from experiments.layer_figures import ABLATED, NOISE, OTHER, PATCHED
+from experiments.probe_figures import TRAINED, UNTRAINED
 from experiments.readings import NEEDED, readings
+from probes.baselines import LATENTS
 
 BLOCKS, DEPTH = range(14), np.arange(14) / 14
 BAND = np.repeat([0, 1, 2], [4, 7, 3])
@@ -182,13 +184,14 @@ def test_what_is_measured_at_a_step_is_what_a_run_shows_there(lens: dl.Lens, tmp
 
 def test_a_probe_map_of_the_same_model_is_taken_up(lens: dl.Lens, tmp_path: Path) -> None:
     table = planted_readings(np.full((14, 3), 0.4)).rename(columns={"value": "selectivity", "samples": "clusters"})
-    table["reader"] = np.where(table["block"] < 0, "noisy latents", "probe")
+    table["reader"] = np.where(table["block"] < 0, LATENTS, TRAINED)
     table["block"] = table["block"].where(table["block"] >= 0).astype("Int64")
     table = table.assign(sigma=1.0, timestep=1000.0, expert="transformer", branch="cond")
     assert set(table.columns) >= NEEDED
+    untrained = table[table["reader"] == TRAINED].assign(reader=UNTRAINED, selectivity=-1.0)
     folder = tmp_path / "probe-map"
     folder.mkdir()
-    table.to_parquet(folder / "results.parquet", index=False)
+    pd.concat([table, untrained]).to_parquet(folder / "results.parquet", index=False)
     (folder / "manifest.json").write_text(json.dumps({"model": {"hash": lens.hash}}))
     arguments = {"num_inference_steps": 3}
     made = Context(lens, SETTINGS, tmp_path / "specialization", "specialization", "once", arguments)
