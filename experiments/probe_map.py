@@ -36,6 +36,7 @@ from experiments import probe_figures as figures
 from experiments.probe_figures import TRAINED, UNTRAINED
 from probes.closer import Closer
 from probes.maps import PROBE, drawn_by, observe, read_map
+from probes.observed import check_squares
 from probes.targets import ALL, headlines, targets
 
 
@@ -68,6 +69,8 @@ def read(context: Context, task: reasoner.Task, untrained: Callable[[], Any] | N
     closer_steps = context.steps(inputs, settings.closer_places)
     shared["closer"] = Closer(headlines(task.name), tuple(closer_steps), settings.closer_samples)
     trained = dl.Store(context.scratch("activations", f"{task.name}-trained"))
+    observe(context.lens, trained, samples[: settings.batch], record, **look)
+    check_squares(trained, samples[: settings.batch])
     observe(context.lens, trained, samples, record, **look)
     if untrained is None:
         table = read_map(trained, samples, **shared)

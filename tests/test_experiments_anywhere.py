@@ -9,15 +9,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import tiny_pipeline, tiny_transformer
+from PIL import Image
 
 import dit_lens as dl
 from dit_lens import reasoner
 from dit_lens.errors import InputError
 from dit_lens.experiment import Experiment, run_experiment
-from dit_lens.reasoner import vbvr
+from dit_lens.reasoner import board, vbvr
 
 DECLARED = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["entry-points"]
 GROUP: dict[str, str] = DECLARED["dit_lens.experiments"]
@@ -28,7 +30,7 @@ NOISED = {"samples": 1, "places": (0, 0.5), "later": (0, 1), "depths": (0, 1)}
 SMALL: dict[str, dict[str, Any]] = {
     "step-lens": {"tasks": ("tictactoe",), "branched": 1, "places": (0, 1), "leave": (0,)},
     "token-energy": {"tasks": ("maze",), "samples": 2, "places": (0, 1)},
-    "probe-map": {"tasks": ("maze",), "samples": 10, "batch": 10, "places": (0, 1), "closer_samples": 10, "workers": 1},
+    "probe-map": {"tasks": ("maze",), "samples": 10, "batch": 10, "places": (0, 1), "closer_places": (), "workers": 1},
     "noise": {"tasks": ("tictactoe",), **NOISED, "added": (0.5,), "matched": (0.5,)},
     "propagation": {"tasks": ("tictactoe",), **NOISED},
     "layer-swap": {"tasks": ("circle",), "depths": (0, 1), "places": (0, 1), "map_depths": (0,)},
@@ -46,7 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
 """Settings of each experiment, as small as they can be."""
 ON_FOLDERS: dict[str, dict[str, Any]] = {
     "step-lens": {"single": 2},
-    "probe-map": {"samples": 12, "batch": 12, "closer_samples": 12},
+    "probe-map": {"samples": 12, "batch": 12, "closer_samples": 12, "closer_places": (0,)},
 }
 """What is different where the task is a folder."""
 REFUSED = {
@@ -78,8 +80,21 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve mazes in VBVR-Bench layout, which know nothing of mazes any more."""
-    where = tmp_path_factory.mktemp("cases") / "mazes"
+    """Mazes in VBVR-Bench layout, short and on wide pictures, of which nothing is known that their files do not say."""
+    where = tmp_path_factory.mktemp("wide") / "mazes"
+    samples = [reasoner.task("maze").sample("test", number, frames=9) for number in range(3)]
+    for sample, path in zip(samples, vbvr.write(samples, where), strict=True):
+        video = np.pad(board.paint(sample.boards), ((0, 0), (0, 0), (16, 16), (0, 0)), constant_values=96)
+        vbvr.write_video(path / "ground_truth.mp4", video)
+        for name, frame in (("first_frame.png", video[0]), ("final_frame.png", video[-1])):
+            Image.fromarray(frame).save(path / name)
+    return where
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough mazes to train probes on, and of a size that has 8 x 8 tokens."""
+    where = tmp_path_factory.mktemp("squares") / "mazes"
     vbvr.write([reasoner.task("maze").sample("test", number, frames=9) for number in range(12)], where)
     return where
 
@@ -127,12 +142,20 @@ def test_runs_on_two_experts_with_random_weights(name: str, lens: dl.Lens, out: 
 
 
 @pytest.mark.parametrize("name", [name for name in GROUP if name not in REFUSED])
-def test_takes_a_folder(name: str, lens: dl.Lens, out: Path, folder: Path) -> None:
-    tasks = {"few" if name == "ensemble" else "tasks": (str(folder),)}
+def test_takes_a_folder(name: str, lens: dl.Lens, out: Path, folder: Path, squares: Path) -> None:
+    where = squares if name == "probe-map" else folder
+    tasks = {"few" if name == "ensemble" else "tasks": (str(where),)}
     manifest, results = run(name, lens, out, STEPS, {**ON_FOLDERS.get(name, {}), **tasks})
     assert set(results["task"].dropna()) == {"mazes"}
     # Neither files nor columns carry the path.
     assert all("/" not in figure["file"] for figure in manifest["figures"])
+
+
+def test_probes_say_that_their_labels_are_of_a_board(lens: dl.Lens, tmp_path: Path, folder: Path) -> None:
+    settings = type(experiment("probe-map").preset("quick"))(tasks=(str(folder),), samples=3, batch=3)
+    given: Any = {"preset": "quick", "settings": settings, "arguments": STEPS}
+    with pytest.raises(InputError, match="labels are of 8 x 8 tokens, and frames of mazes have 8 x 12 here: write --height"):
+        run_experiment(experiment("probe-map"), lens, tmp_path, **given)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -132,6 +132,11 @@ def test_summarise_makes_one_row_per_group_and_leaves_out_what_is_undefined() ->
     found = summarise(table, "value", ["task"])
     assert found["task"].tolist() == ["a"]
     assert found[["mean", "clusters", "measurements"]].to_numpy().tolist() == [[3.0, 2, 3]]
+    nothing = summarise(table[table["task"] == "b"], "value", ["task", "sample"])
+    assert nothing.empty
+    assert pd.concat([nothing, summarise(table, "value", ["task", "sample"])]).dtypes.to_dict() == (
+        summarise(table, "value", ["task", "sample"]).dtypes.to_dict()
+    )
     with pytest.raises(InputError, match="no column"):
         summarise(table, "missing", ["task"])
 

@@ -80,7 +80,7 @@ def write(samples: Iterable[Sample], folder: Path | str) -> list[Path]:
             video = paint(sample.boards)
             Image.fromarray(video[0]).save(where / "first_frame.png")
             Image.fromarray(video[-1]).save(where / "final_frame.png")
-            _write_video(where / "ground_truth.mp4", video)
+            write_video(where / "ground_truth.mp4", video)
             (where / "prompt.txt").write_text(sample.prompt + "\n", encoding="utf-8")
             written.append(where)
     except OSError as error:
@@ -119,7 +119,7 @@ def _read_one(folder: Path) -> Case:
     return Case(folder.name, prompt, first, final, folder)
 
 
-def _write_video(path: Path, video: UInt8[np.ndarray, "frames height width 3"]) -> None:
+def write_video(path: Path, video: UInt8[np.ndarray, "frames height width 3"]) -> None:
     """H.264 at a quality that keeps every square's colour."""
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "4"})
