@@ -95,9 +95,7 @@ def test_samples_are_as_long_and_large_as_their_videos(tmp_path: Path) -> None:
     assert one.frames == len(one.boards) == one.inputs["num_frames"] == 9
     Image.new("RGB", (96, 48)).save(other.case.path / "first_frame.png")
     wide = reasoner.task(str(tmp_path)).sample(index=1)
-    with pytest.raises(
-        InputError, match="samples of one size, and these have 64 x 64, 96 x 48 pixels; write one folder for each"
-    ):
+    with pytest.raises(InputError, match="samples of one size, and these have 64 x 64, 96 x 48 pixels; write one folder"):
         reasoner.inputs([one, wide])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from dit_lens import reasoner
-from dit_lens.reasoner.board import Colour
 from dit_lens.reasoner import vbvr
+from dit_lens.reasoner.board import Colour
 from dit_lens.reasoner.tasks.maze import walkable
 from probes.targets import ALL, MOVES, TARGETS, Drawn, Target, headlines, main_colour, questions, targets, written
 
