@@ -17,6 +17,7 @@ BASELINES = (LATENTS, SITUATION, PLACE)
 """Those that are drawn one by one, from below in a map; `TIMESTEP` is chance."""
 SCALES = {"auc": ("ROC AUC", (0.5, 1.0)), "r2": ("R\u00b2", (0.0, 1.0))}
 """How a score is called, and what chance and a perfect reader get: the ends of its colours."""
+GAP = ["selectivity", "selectivity_low", "selectivity_high"]
 DEPTH_STEPS = 2
 """Curves over depth are drawn at the first so many steps."""
 
@@ -64,8 +65,9 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
     baselines = [reader for reader in BASELINES if (part["reader"] == reader).any()]
     titles = {}
     for target, rows in part[part["reader"] == TRAINED].groupby("title", sort=False):
-        wide, count = ((rows["high"] - rows["low"]) / 2).median(), rows["clusters"].max()
-        titles[target] = f"{target}\n" + ("nothing to read" if np.isnan(wide) else f"N = {count}, \u00b1{wide:.2f}")
+        wide, gap = (((rows[f"{of}high"] - rows[f"{of}low"]) / 2).median() for of in ("", "selectivity_"))
+        known = f"N = {rows['clusters'].max()}\n\u00b1{wide:.2f}, selectivity \u00b1{gap:.2f}"
+        titles[target] = f"{target}\n" + ("nothing to read" if np.isnan(wide) else known)
     figure = plots.heat_grid(
         pd.concat(tables),
         row="panel",
@@ -81,8 +83,8 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
         titles=titles,
     )
     about = (
-        "Columns: targets with N, the test puzzles, and \u00b1 half the 95 % bootstrap interval over them (median over the"
-        " cells). Under the blocks of either model the same baselines, which see no activation; the timestep alone is at the"
+        "Columns: targets with N, the test puzzles, and \u00b1 half the 95 % bootstrap interval over them, of the score and of its"
+        " selectivity (medians over the cells; score and control in the same resamples). Under the blocks of either model the same baselines, which see no activation; the timestep alone is at the"
         " dark end. Selectivity: the score less that of the control task (a random label for every place); 0 or less is dark."
         " White: nothing to read."
     )
@@ -141,7 +143,7 @@ def best_cells(context: Context, results: pd.DataFrame) -> None:
                 "best cell": f"block {cell['block']}, step {cell['at']}",
                 "score": in_words(best.rename(columns={"estimate": "mean"})),
                 "N": cell["clusters"],
-                "selectivity": cell["selectivity"],
+                "selectivity": in_words(best[GAP].rename(columns=dict(zip(GAP, ("mean", "low", "high"), strict=True)))),
                 "control": cell["control"],
                 "shuffled": cell["shuffled"],
                 UNTRAINED: same["estimate"].mean(),

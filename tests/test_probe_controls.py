@@ -51,10 +51,9 @@ def test_the_interval_of_selectivity_is_that_of_both_probes_in_the_same_resample
     features = truth[:, None] * rng.normal(size=5) + 2 * rng.normal(size=(len(SAMPLE), 5))
     question = Question("it", kind, labels)  # pyright: ignore[reportArgumentType]
     found = read_with_controls(features, [question], SAMPLE, TEST, SAMPLE, PLACE).iloc[0]
-    readings = dict(
-        zip(("true", "control"), read_all(features, [question, control_task(question, PLACE)], SAMPLE, TEST), strict=True)
-    )
-    answers = {"true": np.asarray(labels, dtype=float), "control": control_task(question, PLACE).values.astype(float)}
+    control = control_task(question, PLACE)
+    readings = dict(zip(("true", "control"), read_all(features, [question, control], SAMPLE, TEST), strict=True))
+    answers = {"true": np.asarray(labels, dtype=float), "control": np.asarray(control.values)}
 
     def score(name: str, rows: np.ndarray) -> float:
         guesses, right = features[rows] @ readings[name].weights.T, answers[name][rows]

@@ -126,7 +126,7 @@ def test_a_difference_is_that_of_the_same_resampled_clusters() -> None:
     scores = [labels + 0.4 * (hard[:, None] + random.normal(size=(160, 3))) for _ in range(2)]
     kinds: list[tuple[list[Resampled], Any]] = [
         (
-            [r2_resampled(guess, truth, clusters, 300) for guess in guesses],
+            [r2_resampled(guess, truth, clusters, 200) for guess in guesses],
             lambda i, rows: r2_score(truth[rows], guesses[i][rows]),
         ),
         (
