@@ -17,9 +17,9 @@ BASELINES = (LATENTS, SITUATION, PLACE)
 """Those that are drawn one by one, from below in a map; `TIMESTEP` is chance."""
 SCALES = {"auc": ("ROC AUC", (0.5, 1.0)), "r2": ("R\u00b2", (0.0, 1.0))}
 """How a score is called, and what chance and a perfect reader get: the ends of its colours."""
-GAP = ["selectivity", "selectivity_low", "selectivity_high"]
 DEPTH_STEPS = 2
 """Curves over depth are drawn at the first so many steps."""
+GAP = ["selectivity", "selectivity_low", "selectivity_high"]
 
 
 def draw(context: Context, results: pd.DataFrame) -> None:
@@ -83,10 +83,10 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
         titles=titles,
     )
     about = (
-        "Columns: targets with N, the test puzzles, and \u00b1 half the 95 % bootstrap interval over them, of the score and of its"
-        " selectivity (medians over the cells; score and control in the same resamples). Under the blocks of either model the same baselines, which see no activation; the timestep alone is at the"
-        " dark end. Selectivity: the score less that of the control task (a random label for every place); 0 or less is dark."
-        " White: nothing to read."
+        "Columns: targets with N, the test puzzles, and \u00b1 half the 95 % bootstrap interval over them, of the score and of"
+        " its selectivity (medians over the cells; score and control in the same resamples). Under the blocks of either model"
+        " the same baselines, which see no activation; the timestep alone is at the dark end. Selectivity: the score less that"
+        " of the control task (a random label for every place); 0 or less is dark. White: nothing to read."
     )
     small = part["title"].nunique() < 3
     context.figure(f"map-{name}", figure, f"What can be read, by block and step: {name}", f"{made} {about}", wide=not small)
@@ -164,13 +164,14 @@ def closer(context: Context, results: pd.DataFrame) -> None:
     seen = results[results["reader"].isin([TRAINED, UNTRAINED])].dropna(subset=["nonlinear"])
     for (task, target, at, reader), part in seen.groupby(["task", "target", "at", "reader"], sort=False):
         best = part.nlargest(1, "nonlinear").iloc[0]
-        kinds = {name: best[name] for name in (*KINDS, "bits", "compression")}
+        kinds = {name: f"{best[name]:.2f} ({best[f'{name} selectivity']:.2f})" for name in KINDS}
         rows.append(
             {"task": task, "target": target, "step": at, "model": reader, "block": best["block"], **kinds}
-            | {"N": int(best["closer_clusters"])}
+            | {"bits": best["bits"], "compression": best["compression"], "N": int(best["closer_clusters"])}
         )
     about = (
-        f"Held-out ROC AUC of three kinds of probes, at the block where the nonlinear one reads best, in the first"
+        "Held-out ROC AUC of three kinds of probes and, in brackets, their selectivity (the score less that of the same kind of"
+        " probe in the control task), at the block where the nonlinear one reads best, in the first"
         f" {context.settings.closer_samples} samples, N test puzzles. Bits: online code length per label; compression: that of"
         " a code that knows only how often each label is, over it (1: the stream does not help)."
     )

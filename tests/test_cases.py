@@ -92,6 +92,7 @@ def test_one_answer_is_known_and_no_wrong_one(folder: Path, sample: Any) -> None
 def test_samples_are_as_long_and_large_as_their_videos(tmp_path: Path) -> None:
     vbvr.write([reasoner.task("maze").sample("test", number, frames=9) for number in range(2)], tmp_path)
     one, other = (reasoner.task(str(tmp_path)).sample(index=number) for number in range(2))
+    assert isinstance(other, cases.CaseSample)
     assert one.frames == len(one.boards) == one.inputs["num_frames"] == 9
     Image.new("RGB", (96, 48)).save(other.case.path / "first_frame.png")
     wide = reasoner.task(str(tmp_path)).sample(index=1)

@@ -52,7 +52,8 @@ def test_the_interval_of_selectivity_is_that_of_both_probes_in_the_same_resample
     question = Question("it", kind, labels)  # pyright: ignore[reportArgumentType]
     found = read_with_controls(features, [question], SAMPLE, TEST, SAMPLE, PLACE).iloc[0]
     control = control_task(question, PLACE)
-    readings = dict(zip(("true", "control"), read_all(features, [question, control], SAMPLE, TEST), strict=True))
+    true, random = read_all(features, [question, control], SAMPLE, TEST)
+    readings = {"true": true, "control": random}
     answers = {"true": np.asarray(labels, dtype=float), "control": np.asarray(control.values)}
 
     def score(name: str, rows: np.ndarray) -> float:
@@ -70,7 +71,7 @@ def test_the_interval_of_selectivity_is_that_of_both_probes_in_the_same_resample
     counts = np.random.default_rng(0).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=1000)
     of = [np.flatnonzero(group == SAMPLE) for group in groups]
     drawn = [np.concatenate([np.tile(rows, n) for rows, n in zip(of, row, strict=True)]) for row in counts[:100]]
-    draws = readings["true"].resampled.less(readings["control"].resampled).draws
+    draws = true.resampled.less(random.resampled).draws
     assert draws[:100] == pytest.approx(np.array([score("true", rows) - score("control", rows) for rows in drawn]), abs=1e-6)
     assert (found["selectivity_low"], found["selectivity_high"]) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
     assert found["selectivity_low"] < found["selectivity"] < found["selectivity_high"]

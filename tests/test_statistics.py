@@ -130,7 +130,7 @@ def test_a_difference_is_that_of_the_same_resampled_clusters() -> None:
             lambda i, rows: r2_score(truth[rows], guesses[i][rows]),
         ),
         (
-            [macro_auc_resampled(score, labels, clusters, 300) for score in scores],
+            [macro_auc_resampled(score, labels, clusters, 200) for score in scores],
             lambda i, rows: np.mean([roc_auc_score(labels[rows, c], scores[i][rows, c]) for c in range(3)]),
         ),
     ]
