@@ -26,8 +26,8 @@ from dit_lens.errors import InputError
 from probes.clip_targets import ClipTarget, Unit, clip_questions, clip_targets
 from probes.controls import read_with_controls
 from probes.features import Features, Units, pooled_clip, pooled_frames
-from probes.linear import split_groups
-from probes.maps import CELL, LATENTS, LEVELS, PLACE, PROBE, check_split, drawn_by
+from probes.linear import check_split, split_groups
+from probes.maps import CELL, LATENTS, LEVELS, PLACE, PROBE, drawn_by
 from probes.ridge import Question, Reading, read_all
 from probes.targets import Drawn
 

@@ -25,7 +25,7 @@ from dit_lens.errors import InputError
 from dit_lens.pairs import joined_inputs
 from dit_lens.statistics import Interval
 from probes.controls import shuffled
-from probes.linear import split_groups
+from probes.linear import check_split, split_groups
 from probes.ridge import Question, read_all
 from probes.targets import Drawn, Target
 
@@ -78,8 +78,10 @@ def tokens_of(
     """The labels of the selected tokens. A target's labels are on the layout of a frame, and hold in every selected frame.
 
     Raises:
-        InputError: labels that do not fit the layout, or a target that asks what was drawn where that is not given.
+        InputError: labels that do not fit the layout, a target that asks what was drawn where that is not given, or two samples
+            that are one puzzle and say to be of two groups.
     """
+    check_split(samples, [sample.group for sample in samples])
     places = selector.places(layout.shape).flatten().numpy()
     labels = []
     for sample in samples:

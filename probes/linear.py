@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,31 @@ def unfitted(probe: str, strength: float | None = None) -> Any:
         raise InputError(f"there is no probe {probe!r}; write one of {', '.join(PROBES)}")
     kind = PROBES[probe]()
     return make_pipeline(StandardScaler(), kind if strength is None else kind.set_params(C=strength))
+
+
+def check_split(samples: Sequence[Any], parts: Shaped[np.ndarray, " samples"] | Sequence[Any]) -> None:
+    """Refuse a split, or groups to split by, that part what belongs together: the same puzzle up to symmetry.
+
+    Args:
+        samples: one for each row: rows of a table, tokens, frames; one without a task is a puzzle of its own.
+        parts: the part of every row: whether it is for testing, a fold, a group. What the samples themselves give as their
+            group is not trusted.
+
+    Raises:
+        InputError: one puzzle, turned, mirrored or worded otherwise, is in two parts; it names two samples.
+    """
+    names: dict[int, bytes] = {}
+    first: dict[bytes, tuple[Any, Any]] = {}
+    for sample, part in zip(samples, parts, strict=True):
+        if id(sample) not in names:
+            task = getattr(sample, "task", None)
+            names[id(sample)] = task.name.encode() + task.canonical(sample.puzzle) if task else f"{sample.index}".encode()
+        other, there = first.setdefault(names[id(sample)], (sample, part))
+        if part != there:
+            raise InputError(
+                f"samples {other.index} and {sample.index} of {sample.task.name} are one puzzle up to symmetry, and are in"
+                f" different parts, {there} and {part}: split by `Sample.group`"
+            )
 
 
 def split_groups(

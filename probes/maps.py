@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from sklearn.utils.parallel import Parallel, delayed
 from tqdm.auto import tqdm
 
@@ -31,7 +31,7 @@ from dit_lens.errors import InputError
 from probes.baselines import LATENTS, PLACE, SITUATION, TIMESTEP, latents, place, situation, timestep
 from probes.cells import CELL, LEVELS, CellReader, Frame
 from probes.closer import Closer
-from probes.linear import split_groups
+from probes.linear import check_split, split_groups
 from probes.observed import drawn_by, kept_of, observe, rows_of, task_of
 from probes.ridge import Question
 from probes.targets import MAZES, Drawn, Target, questions, targets
@@ -103,29 +103,6 @@ def read_map(
     tables = Parallel(n_jobs=workers or -1, return_as="generator")(jobs)
     bar = tqdm(tables, total=len(jobs), desc=f"reading {task.name}", unit="cell", disable=not progress)
     return _at_every_step(pd.concat(bar, ignore_index=True), cells)
-
-
-def check_split(samples: Sequence[Any], parts: Shaped[np.ndarray, " samples"] | Sequence[Any]) -> None:
-    """Refuse a split, or groups to split by, that part what belongs together: the same puzzle up to symmetry.
-
-    Args:
-        samples: one for each row: rows of a table, tokens, frames. parts: the part of every row: whether it is for testing, a
-            fold, a group. What the samples themselves give as their group is not trusted.
-
-    Raises:
-        InputError: one puzzle, turned, mirrored or worded otherwise, is in two parts; it names two samples.
-    """
-    names: dict[int, bytes] = {}
-    first: dict[bytes, tuple[Any, Any]] = {}
-    for sample, part in zip(samples, parts, strict=True):
-        if id(sample) not in names:
-            names[id(sample)] = sample.task.name.encode() + sample.task.canonical(sample.puzzle)
-        other, there = first.setdefault(names[id(sample)], (sample, part))
-        if part != there:
-            raise InputError(
-                f"samples {other.index} and {sample.index} of {sample.task.name} are one puzzle up to symmetry, and are in"
-                f" different parts, {there} and {part}: split by `Sample.group`"
-            )
 
 
 def _baselines(

@@ -11,8 +11,7 @@ from conftest import BLOCKS, WIDTH
 from diffusers import WanPipeline
 from torch import Tensor, nn
 
-from dit_lens import architectures
-from dit_lens.architectures import WAN, Architecture, Layout, lookup, register
+from dit_lens.architectures import WAN, Architecture, Layout, lookup, record, register
 from dit_lens.errors import InputError
 
 
@@ -42,7 +41,7 @@ def test_a_denoiser_of_another_class_is_named(text_pipe: Any) -> None:
 
 
 def test_a_record_of_ones_own_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "_registered", [WAN])
+    monkeypatch.setattr(record, "_registered", [WAN])
     own = Architecture("own", ("SimpleNamespace",), denoiser="Linear", blocks=("layers",))
     register(own)
     assert lookup(SimpleNamespace(transformer=nn.Linear(1, 1))) is own

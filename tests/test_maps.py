@@ -16,7 +16,9 @@ from dit_lens import reasoner
 from dit_lens.reasoner.tasks.maze import Maze
 from probes.baselines import LATENTS, PLACE, SITUATION, TIMESTEP
 from probes.closer import KINDS, Closer
-from probes.maps import PROBE, check_split, read_map
+from probes.levers import tokens_of
+from probes.linear import check_split
+from probes.maps import PROBE, read_map
 from probes.targets import Drawn, Target, targets
 
 SAMPLES = [reasoner.task("maze").sample("test", index) for index in range(32)]
@@ -159,6 +161,9 @@ def test_a_planted_leak_is_refused(other: Any, tmp_path: Path) -> None:
     vars(copy)["group"] = "another"
     with pytest.raises(dl.InputError, match="samples 3 and 100 of maze are one puzzle"):
         read_map(made, [*few, copy], [ROUTE], progress=False)
+    # What is carried over to other cells, and what is erased or added, splits by the same labels of tokens.
+    with pytest.raises(dl.InputError, match="samples 3 and 100 of maze are one puzzle"):
+        tokens_of(dl.at(), dl.Layout(1, 8, 8), [*few, copy], ROUTE)
 
 
 def test_frames_of_one_clip_are_never_divided() -> None:

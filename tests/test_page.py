@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,10 @@ def test_every_claim_of_a_committed_experiment_has_a_verdict() -> None:
         for claim in experiment.claims if manifest and manifest.get("claims") else ():
             assert committed[claim.name]["statement"] == claim.statement
             assert committed[claim.name]["verdict"] != "not tested"
+
+
+def test_the_readme_gives_the_committed_verdicts() -> None:
+    committed = {one["claim"]: one["verdict"] for one in json.loads((ROOT / "experiments" / COMMITTED).read_text())}
+    said = dict(re.findall(r"\((\w+)\) \| \*\*(\w+)\*\* \|", (ROOT / "README.md").read_text()))
+    assert len(said) >= 7
+    assert said == {name: committed[name] for name in said}
