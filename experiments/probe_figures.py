@@ -11,6 +11,7 @@ from dit_lens.experiment import Context
 from dit_lens.statistics import in_words
 from probes.baselines import LATENTS, PLACE, SITUATION, TIMESTEP
 from probes.closer import KINDS
+from probes.targets import ALL
 
 TRAINED, UNTRAINED, CONTROL = "trained model", "untrained model", "control task"
 BASELINES = (LATENTS, SITUATION, PLACE)
@@ -43,7 +44,8 @@ def described(context: Context, task: str, branch: str, part: pd.DataFrame) -> s
     """What was read, and of how much: the beginning of a caption."""
     settings = context.settings
     tasks, steps = len(settings.tasks), part["step"].nunique()
-    thinned = f" Thinned: {tasks} of 7 tasks, {steps} steps, {settings.samples} samples." if settings.samples < 100 else ""
+    of = f"{tasks} of {len(ALL)} tasks, " if task in ALL else ""
+    thinned = f" Thinned: {of}{steps} steps, {settings.samples} samples." if settings.samples < 100 else ""
     return (
         f"{task}: ridge probes on the tokens of the last latent frame (the middle one for `hidden place`), {branch} branch,"
         f" {settings.samples} held-out samples, {settings.test_share:.0%} of the puzzles for testing.{thinned}"
@@ -66,7 +68,7 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
     titles = {}
     for target, rows in part[part["reader"] == TRAINED].groupby("title", sort=False):
         wide, gap = (((rows[f"{of}high"] - rows[f"{of}low"]) / 2).median() for of in ("", "selectivity_"))
-        known = f"N = {rows['clusters'].max()}\n\u00b1{wide:.2f}, selectivity \u00b1{gap:.2f}"
+        known = f"N = {rows['clusters'].max()}, \u00b1{wide:.2f}\nselectivity \u00b1{gap:.2f}"
         titles[target] = f"{target}\n" + ("nothing to read" if np.isnan(wide) else known)
     figure = plots.heat_grid(
         pd.concat(tables),
