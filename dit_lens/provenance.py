@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_lens import reasoner
+
 DRAWING = {"cli.py", "report.py", "plots.py", "claims.py"}
 """Modules that show or judge results without shaping them: a change there leaves measured parts valid."""
 
@@ -28,18 +30,36 @@ def fingerprint(lens: Any, settings: Mapping[str, Any], arguments: Mapping[str, 
     """Sixteen hex digits that change whenever a measurement could.
 
     ``settings`` and ``arguments`` are the experiment's own and those overridden for the pipeline; ``source`` is the file of
-    the experiment. The device type and TF32 count, since numerics differ there; the number of threads does not.
+    the experiment. Folders that are tasks count by what they hold. The device type and TF32 count, since numerics differ there;
+    the number of threads does not.
     """
     facts = {
         "model": lens.hash,
         "scheduler": scheduler_facts(lens),
         "settings": dict(settings),
+        "folders": folder_hashes(settings),
         "arguments": dict(arguments),
         "code": code_hash(source),
         "device": (lens.pipe.device.type, tf32(lens.pipe.device)),
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def folder_hashes(settings: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 over the samples of every folder that settings name as a task, by its path."""
+    named = [word for value in settings.values() for word in (value if isinstance(value, list | tuple) else [value])]
+    folders = [Path(word) for word in named if isinstance(word, str) and word not in reasoner.tasks() and Path(word).is_dir()]
+    found = {}
+    for folder in folders:
+        # Only who reads videos needs what decodes them.
+        from dit_lens.reasoner import vbvr
+
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.name in vbvr.FILES and path.is_file()):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        found[str(folder)] = digest.hexdigest()
+    return found
 
 
 @cache

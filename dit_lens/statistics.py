@@ -40,6 +40,49 @@ class Interval:
     measurements: int
 
 
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """A score and what it is in every resample of the clusters.
+
+    Attributes:
+        estimate: the score. draws: in every resample, nan where it is undefined; empty with one cluster or none.
+        clusters, measurements: as of an `Interval`.
+    """
+
+    estimate: float
+    draws: Float[np.ndarray, " resamples"]
+    clusters: int
+    measurements: int
+
+    def interval(self, level: float = LEVEL) -> Interval:
+        """The score with its percentile interval."""
+        there = self.draws[~np.isnan(self.draws)]
+        low, high = _ends(there, level) if len(there) and not np.isnan(self.estimate) else (np.nan, np.nan)
+        return Interval(self.estimate, low, high, self.clusters, self.measurements)
+
+    def less(self, other: "Resampled") -> "Resampled":
+        """This score less another of the same measurements, both in the same resamples: what they share cancels.
+
+        Both must be of the same clusters, resampled as often and with the same seed; nan where either is undefined.
+
+        Raises:
+            InputError: they differ in the number of clusters, of measurements or of resamples.
+        """
+        if (self.clusters, self.measurements) != (other.clusters, other.measurements):
+            raise InputError(
+                f"scores are compared over the same rows, and these have {self.measurements} of {self.clusters} clusters and"
+                f" {other.measurements} of {other.clusters}: score the same rows"
+            )
+        if np.isnan(self.estimate) or np.isnan(other.estimate):
+            return Resampled(np.nan, NO_DRAWS, self.clusters, self.measurements)
+        if len(self.draws) != len(other.draws):
+            raise InputError(f"scores have {len(self.draws)} and {len(other.draws)} resamples: write one resamples= for both")
+        return Resampled(self.estimate - other.estimate, self.draws - other.draws, self.clusters, self.measurements)
+
+
+NO_DRAWS = np.zeros(0)
+
+
 def mean_interval(
     values: ArrayLike, clusters: ArrayLike, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
@@ -101,16 +144,23 @@ def macro_auc_interval(
     ``scores`` and the boolean ``labels`` have a column for each class. A class of which every or no row is has no area, and is
     left out of the mean.
     """
+    return macro_auc_resampled(scores, labels, clusters, resamples, seed).interval(level)
+
+
+def macro_auc_resampled(
+    scores: ArrayLike, labels: ArrayLike, clusters: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+) -> Resampled:
+    """The same area in every resample; the clusters drawn depend on their number and the seed alone."""
     scores, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
     there = [place for place in range(truth.shape[1]) if 0 < truth[:, place].sum() < len(truth)]
     if not there:
-        return Interval(np.nan, np.nan, np.nan, len(names), len(scores))
+        return Resampled(np.nan, NO_DRAWS, len(names), len(scores))
     won = [_pairs_won(scores[:, place], truth[:, place], member, len(names)) for place in there]
     possible = truth[:, there].sum(axis=0) * (~truth[:, there]).sum(axis=0)
     estimate = float(np.mean([pairs.sum() for pairs in won] / possible))
     if len(names) == 1:
-        return Interval(estimate, np.nan, np.nan, 1, len(scores))
+        return Resampled(estimate, NO_DRAWS, 1, len(scores))
     counts = _resampled_counts(len(names), resamples, seed)
     areas = []
     for place, pairs in zip(there, won, strict=True):
@@ -120,8 +170,9 @@ def macro_auc_interval(
         areas.append(np.where(possible > 0, ((counts @ pairs) * counts).sum(axis=1) / np.maximum(possible, 1), np.nan))
     drawn = np.array(areas)
     defined = ~np.isnan(drawn).all(axis=0)
-    low, high = _ends(np.nanmean(drawn[:, defined], axis=0), level)
-    return Interval(estimate, low, high, len(names), len(scores))
+    means = np.full(len(counts), np.nan)
+    means[defined] = np.nanmean(drawn[:, defined], axis=0)
+    return Resampled(estimate, means, len(names), len(scores))
 
 
 def r2_interval(
@@ -131,6 +182,13 @@ def r2_interval(
 
     (``sklearn.metrics.r2_score`` is the oracle in the tests.) All nan where the truth does not vary.
     """
+    return r2_resampled(guesses, truth, clusters, resamples, seed).interval(level)
+
+
+def r2_resampled(
+    guesses: ArrayLike, truth: ArrayLike, clusters: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+) -> Resampled:
+    """The same R2 in every resample; the clusters drawn depend on their number and the seed alone."""
     guesses, truth = np.asarray(guesses, dtype=float), np.asarray(truth, dtype=float)
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
     # Centred first: the sums of squares are then of the size of the spread.
@@ -146,13 +204,8 @@ def r2_interval(
         )
 
     estimate = float(score(sums.sum(axis=1)))
-    if np.isnan(estimate):
-        return Interval(np.nan, np.nan, np.nan, len(names), len(truth))
-    if len(names) == 1:
-        return Interval(estimate, np.nan, np.nan, 1, len(truth))
-    drawn = score(_resampled_counts(len(names), resamples, seed) @ sums.T)
-    low, high = _ends(drawn[~np.isnan(drawn)], level)
-    return Interval(estimate, low, high, len(names), len(truth))
+    draws = score(_resampled_counts(len(names), resamples, seed) @ sums.T) if len(names) > 1 else NO_DRAWS
+    return Resampled(estimate, NO_DRAWS if np.isnan(estimate) else draws, len(names), len(truth))
 
 
 def _pairs_won(
@@ -199,7 +252,12 @@ def summarise(table: pd.DataFrame, value: str, by: Sequence[str], cluster: str =
     for key, group in kept.groupby(list(by), sort=False, observed=True, dropna=False):
         found = asdict(mean_interval(group[value], group[cluster], level=level))
         rows.append({**dict(zip(by, key, strict=True)), "mean": found.pop("estimate"), **found})
-    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "clusters", "measurements"])
+    found = pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "clusters", "measurements"])
+    if rows:
+        return found
+    # An empty table has the types of a full one, so that what it is concatenated with keeps its own.
+    ends, counts = dict.fromkeys(("mean", "low", "high"), float), dict.fromkeys(("clusters", "measurements"), int)
+    return found.astype({**{name: table[name].dtype for name in by}, **ends, **counts})
 
 
 def in_words(summary: pd.DataFrame, digits: int = 2) -> str:

@@ -80,8 +80,8 @@ def run(context: Context) -> pd.DataFrame:
     settings, readings, endings = context.settings, {}, {}
     if settings.seeds < 2:
         raise InputError("decision-time compares with another seed: write --seeds 2 or more")
-    for name in settings.tasks:
-        samples = reasoner.task(name).first(settings.samples, several=True)
+    for name, task in reasoner.named(settings.tasks).items():
+        samples = task.first(settings.samples, several=True)
         if not samples:
             raise InputError(f"no sample of {name} has several legal answers, so there is nothing to decide; leave it out")
         parts = {"read": (readings, read, samples, settings.seeds)}

@@ -99,9 +99,9 @@ def run(context: Context) -> pd.DataFrame:
     settings = context.settings
     if settings.seeds < 2 or min(settings.counts, default=2) < 2:
         raise InputError("an ensemble averages two seeds or more: write --seeds 3, and --counts of 2 or more")
-    jobs = {}
-    for name, few in [*((name, False) for name in settings.tasks), *((name, True) for name in settings.few)]:
-        samples = [reasoner.task(name).sample("test", place) for place in range(settings.samples)]
+    jobs, own, short = {}, reasoner.named(settings.tasks), reasoner.named(settings.few)
+    for task, few in [*((task, False) for task in own.values()), *((task, True) for task in short.values())]:
+        name, samples = task.name, [task.sample("test", place) for place in range(settings.samples)]
         for count in (settings.seeds, *(settings.counts if few else ())):
             usual = count == settings.seeds
             merges = [*JUDGED, *(FURTHER if few and settings.further else ())] if usual else CURVE
@@ -116,7 +116,7 @@ def run(context: Context) -> pd.DataFrame:
     figures.by_count(context, results)
     figures.lengths(context, results)
     figures.numbers(context, results)
-    for name in settings.few:
+    for name in short:
         figures.examples(context, name, parts[f"{name}-few-{settings.seeds}-0"].arrays)
     return results
 

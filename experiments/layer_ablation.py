@@ -65,7 +65,8 @@ class Ablations:
     def __init__(self, context: Context) -> None:
         self.context, self.settings, self.lens = context, context.settings, context.lens
         self.pool, self.clean = cache(self._pool), cache(self._clean)
-        extent = self.lens.extent(**self.call(self.settings.tasks[0], 0, 1)[1])
+        self.tasks = reasoner.named(self.settings.tasks)
+        extent = self.lens.extent(**self.call(next(iter(self.tasks)), 0, 1)[1])
         self.forecast, self.count = extent.forecast, min(extent.blocks.values())
         self.bands = band_steps(len(self.forecast.timesteps))
         self.cases = [Case.parse(case, [site.name for site in extent.sites]) for case in self.settings.cases]
@@ -74,7 +75,7 @@ class Ablations:
     def call(self, task: str, first: int, end: int) -> tuple[list[Any], dict[str, Any], list[list[int]]]:
         """The samples of a batch, the arguments of its call, and for each sample noise of its own, by its number."""
         numbers = range(first, min(first + self.settings.batch, end))
-        samples = [reasoner.task(task).sample("test", number) for number in numbers]
+        samples = [self.tasks[task].sample("test", number) for number in numbers]
         # What was overridden for this model goes before the settings.
         inputs = {**reasoner.inputs(samples), "num_inference_steps": self.settings.steps, **self.context.arguments}
         return samples, inputs, [[number] for number in numbers]
@@ -123,7 +124,7 @@ def run(context: Context) -> pd.DataFrame:
     ablations, settings = Ablations(context), context.settings
     jobs = {
         f"{task}-{first:04d}-{str(case or OTHER_SEED).replace(' ', '_')}": partial(ablations.measure, task, first, case)
-        for task in settings.tasks
+        for task in ablations.tasks
         for first in range(0, settings.samples, settings.batch)
         for case in (None, *ablations.cases)
     }

@@ -204,7 +204,8 @@ class NoisedRuns:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.settings = Settings(**{field.name: getattr(context.settings, field.name) for field in fields(Settings)})
-        samples = [reasoner.task(name).sample("test", i) for i in range(self.settings.samples) for name in self.settings.tasks]
+        tasks = reasoner.named(self.settings.tasks).values()
+        samples = [task.sample("test", i) for i in range(self.settings.samples) for task in tasks]
         self.groups = [samples[first : first + self.settings.batch] for first in range(0, len(samples), self.settings.batch)]
         facts = {**asdict(self.settings), "arms": provenance.code_hash(Path(arms.__file__))}
         mark = provenance.fingerprint(context.lens, facts, context.arguments, Path(__file__))

@@ -11,6 +11,7 @@ from dit_lens.experiment import Context
 from dit_lens.statistics import in_words
 from probes.baselines import LATENTS, PLACE, SITUATION, TIMESTEP
 from probes.closer import KINDS
+from probes.targets import ALL
 
 TRAINED, UNTRAINED, CONTROL = "trained model", "untrained model", "control task"
 BASELINES = (LATENTS, SITUATION, PLACE)
@@ -19,6 +20,7 @@ SCALES = {"auc": ("ROC AUC", (0.5, 1.0)), "r2": ("R\u00b2", (0.0, 1.0))}
 """How a score is called, and what chance and a perfect reader get: the ends of its colours."""
 DEPTH_STEPS = 2
 """Curves over depth are drawn at the first so many steps."""
+GAP = ["selectivity", "selectivity_low", "selectivity_high"]
 
 
 def draw(context: Context, results: pd.DataFrame) -> None:
@@ -42,7 +44,8 @@ def described(context: Context, task: str, branch: str, part: pd.DataFrame) -> s
     """What was read, and of how much: the beginning of a caption."""
     settings = context.settings
     tasks, steps = len(settings.tasks), part["step"].nunique()
-    thinned = f" Thinned: {tasks} of 7 tasks, {steps} steps, {settings.samples} samples." if settings.samples < 100 else ""
+    of = f"{tasks} of {len(ALL)} tasks, " if task in ALL else ""
+    thinned = f" Thinned: {of}{steps} steps, {settings.samples} samples." if settings.samples < 100 else ""
     return (
         f"{task}: ridge probes on the tokens of the last latent frame (the middle one for `hidden place`), {branch} branch,"
         f" {settings.samples} held-out samples, {settings.test_share:.0%} of the puzzles for testing.{thinned}"
@@ -64,8 +67,9 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
     baselines = [reader for reader in BASELINES if (part["reader"] == reader).any()]
     titles = {}
     for target, rows in part[part["reader"] == TRAINED].groupby("title", sort=False):
-        wide, count = ((rows["high"] - rows["low"]) / 2).median(), rows["clusters"].max()
-        titles[target] = f"{target}\n" + ("nothing to read" if np.isnan(wide) else f"N = {count}, \u00b1{wide:.2f}")
+        wide, gap = (((rows[f"{of}high"] - rows[f"{of}low"]) / 2).median() for of in ("", "selectivity_"))
+        known = f"N = {rows['clusters'].max()}, \u00b1{wide:.2f}\nselectivity \u00b1{gap:.2f}"
+        titles[target] = f"{target}\n" + ("nothing to read" if np.isnan(wide) else known)
     figure = plots.heat_grid(
         pd.concat(tables),
         row="panel",
@@ -81,10 +85,10 @@ def maps(context: Context, part: pd.DataFrame, name: str, scale: str, made: str)
         titles=titles,
     )
     about = (
-        "Columns: targets with N, the test puzzles, and \u00b1 half the 95 % bootstrap interval over them (median over the"
-        " cells). Under the blocks of either model the same baselines, which see no activation; the timestep alone is at the"
-        " dark end. Selectivity: the score less that of the control task (a random label for every place); 0 or less is dark."
-        " White: nothing to read."
+        "Columns: targets with N, the test puzzles, and \u00b1 half the 95 % bootstrap interval over them, of the score and of"
+        " its selectivity (medians over the cells; score and control in the same resamples). Under the blocks of either model"
+        " the same baselines, which see no activation; the timestep alone is at the dark end. Selectivity: the score less that"
+        " of the control task (a random label for every place); 0 or less is dark. White: nothing to read."
     )
     small = part["title"].nunique() < 3
     context.figure(f"map-{name}", figure, f"What can be read, by block and step: {name}", f"{made} {about}", wide=not small)
@@ -141,7 +145,7 @@ def best_cells(context: Context, results: pd.DataFrame) -> None:
                 "best cell": f"block {cell['block']}, step {cell['at']}",
                 "score": in_words(best.rename(columns={"estimate": "mean"})),
                 "N": cell["clusters"],
-                "selectivity": cell["selectivity"],
+                "selectivity": in_words(best[GAP].rename(columns=dict(zip(GAP, ("mean", "low", "high"), strict=True)))),
                 "control": cell["control"],
                 "shuffled": cell["shuffled"],
                 UNTRAINED: same["estimate"].mean(),
@@ -162,13 +166,14 @@ def closer(context: Context, results: pd.DataFrame) -> None:
     seen = results[results["reader"].isin([TRAINED, UNTRAINED])].dropna(subset=["nonlinear"])
     for (task, target, at, reader), part in seen.groupby(["task", "target", "at", "reader"], sort=False):
         best = part.nlargest(1, "nonlinear").iloc[0]
-        kinds = {name: best[name] for name in (*KINDS, "bits", "compression")}
+        kinds = {name: f"{best[name]:.2f} ({best[f'{name} selectivity']:.2f})" for name in KINDS}
         rows.append(
             {"task": task, "target": target, "step": at, "model": reader, "block": best["block"], **kinds}
-            | {"N": int(best["closer_clusters"])}
+            | {"bits": best["bits"], "compression": best["compression"], "N": int(best["closer_clusters"])}
         )
     about = (
-        f"Held-out ROC AUC of three kinds of probes, at the block where the nonlinear one reads best, in the first"
+        "Held-out ROC AUC of three kinds of probes and, in brackets, their selectivity (the score less that of the same kind of"
+        " probe in the control task), at the block where the nonlinear one reads best, in the first"
         f" {context.settings.closer_samples} samples, N test puzzles. Bits: online code length per label; compression: that of"
         " a code that knows only how often each label is, over it (1: the stream does not help)."
     )

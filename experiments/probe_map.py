@@ -36,7 +36,8 @@ from experiments import probe_figures as figures
 from experiments.probe_figures import TRAINED, UNTRAINED
 from probes.closer import Closer
 from probes.maps import PROBE, drawn_by, observe, read_map
-from probes.targets import ALL, HEADLINES, targets
+from probes.observed import check_squares
+from probes.targets import ALL, headlines, targets
 
 
 @dataclass(frozen=True)
@@ -56,28 +57,30 @@ class Settings:
     workers: int = 0
 
 
-def read(context: Context, task: str, untrained: Callable[[], Any] | None = None) -> Part:
+def read(context: Context, task: reasoner.Task, untrained: Callable[[], Any] | None = None) -> Part:
     """Observe all samples of a task, and read every target at every cell: of the trained model, or of another one."""
     settings = context.settings
-    samples = [reasoner.task(task).sample("test", index) for index in range(settings.samples)]
+    samples = [task.sample("test", index) for index in range(settings.samples)]
     inputs = context.inputs(samples[:1])
     steps = context.steps(inputs)
     record = dl.at(step=steps, branch=list(settings.branches))
-    look = {"frames": [target.frame for target in targets(task)], "batch": settings.batch, **context.arguments}
+    look = {"frames": [target.frame for target in targets(task.name)], "batch": settings.batch, **context.arguments}
     shared = {"test_share": settings.test_share, "workers": settings.workers}
     closer_steps = context.steps(inputs, settings.closer_places)
-    shared["closer"] = Closer(HEADLINES[task], tuple(closer_steps), settings.closer_samples)
-    trained = dl.Store(context.scratch("activations", f"{task}-trained"))
+    shared["closer"] = Closer(headlines(task.name), tuple(closer_steps), settings.closer_samples)
+    trained = dl.Store(context.scratch("activations", f"{task.name}-trained"))
+    observe(context.lens, trained, samples[: settings.batch], record, **look)
+    check_squares(trained, samples[: settings.batch])
     observe(context.lens, trained, samples, record, **look)
     if untrained is None:
         table = read_map(trained, samples, **shared)
     else:
         # What it would draw is of no interest, so it stops after the last step that is read.
-        other = dl.Store(context.scratch("activations", f"{task}-untrained"))
+        other = dl.Store(context.scratch("activations", f"{task.name}-untrained"))
         observe(untrained(), other, samples, record, **look, decode=False, until=max(steps))
         table = read_map(other, samples, drawn=drawn_by(trained, samples), baselines=False, **shared)
     table["reader"] = table["reader"].replace(PROBE, TRAINED if untrained is None else UNTRAINED)
-    return Part(table.assign(task=task))
+    return Part(table.assign(task=task.name))
 
 
 def run(context: Context) -> pd.DataFrame:
@@ -86,9 +89,9 @@ def run(context: Context) -> pd.DataFrame:
         return dl.wrap(controls.random_weights(context.lens.pipe), engine=context.lens.engine)
 
     parts = []
-    for task in context.settings.tasks:
+    for name, task in reasoner.named(context.settings.tasks).items():
         jobs = {"trained": partial(read, context, task), "untrained": partial(read, context, task, untrained)}
-        parts += context.units(task, jobs).values()
+        parts += context.units(name, jobs).values()
         # Activations are large, and needed only until their task is read.
         context.discard("activations")
     results = pd.concat([part.table for part in parts], ignore_index=True)

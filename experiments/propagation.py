@@ -29,6 +29,7 @@ from dit_lens.statistics import Interval, auc_interval
 from experiments import noised, propagation_figures
 from experiments.noised import STATES
 
+PREDICTED = ["moment", "how", "place", "step", "sigma", "measure", "mean", "low", "high", "clusters", "share"]
 CARRIED = ["task", "sample", "cluster", "several", "seed", "kind", "right", "clean_right", "same", "changed", "rerouted"]
 
 
@@ -90,7 +91,8 @@ def predictions(results: pd.DataFrame) -> pd.DataFrame:
                 numbers = {"mean": found.estimate, "low": found.low, "high": found.high, "clusters": found.clusters}
                 at = {"moment": moment, "how": how, "place": place, "step": step, "sigma": sigma}
                 rows.append({**at, "measure": measure, **numbers, "share": float(kept["changed"].mean())})
-    return pd.DataFrame(rows)
+    # Where no unedited run shows an answer, there is nothing to tell.
+    return pd.DataFrame(rows, columns=PREDICTED)
 
 
 def early(results: pd.DataFrame) -> pd.Series:

@@ -95,8 +95,7 @@ def leave(context: Context, samples: Sequence[Any]) -> Part:
 def run(context: Context) -> pd.DataFrame:
     settings = context.settings
     jobs, endings, shown = {}, {}, {}
-    for name in settings.tasks:
-        task = reasoner.task(name)
+    for name, task in reasoner.named(settings.tasks).items():
         several, single = task.first(settings.several, several=True), task.first(settings.single, several=False)
         several = several if single or len(several) > 1 else task.first(2, several=True)
         single = single if several or len(single) > 1 else task.first(2, several=False)

@@ -96,16 +96,17 @@ def run(context: Context) -> pd.DataFrame:
         return dl.wrap(controls.random_weights(context.lens.pipe), engine=context.lens.engine)
 
     jobs = {}
-    for name in settings.tasks:
-        samples = [reasoner.task(name).sample("test", i) for i in range(settings.samples)]
+    tasks = reasoner.named(settings.tasks)
+    for name, task in tasks.items():
+        samples = [task.sample("test", i) for i in range(settings.samples)]
         for first in range(0, len(samples), settings.batch):
             group = samples[first : first + settings.batch]
-            jobs[f"{samples[0].task.name}-{first:03d}-trained"] = partial(measure, context, TRAINED, None, group)
-            jobs[f"{samples[0].task.name}-{first:03d}-random"] = lambda group=group: measure(context, RANDOM, untrained(), group)
+            jobs[f"{name}-{first:03d}-trained"] = partial(measure, context, TRAINED, None, group)
+            jobs[f"{name}-{first:03d}-random"] = lambda group=group: measure(context, RANDOM, untrained(), group)
     parts = context.units("norms", jobs)
     results = pd.concat([part.table for part in parts.values()], ignore_index=True)
     figures.numbers(context, results, PAPER, CLEANED)
-    shown = reasoner.task(settings.tasks[0]).sample("test", 0)
+    shown = next(iter(tasks.values())).sample("test", 0)
     for model in ("trained", "random"):
         arrays = parts[f"{shown.task.name}-000-{model}"].arrays
         figures.maps(context, arrays["energy"], model, shown)

@@ -20,7 +20,7 @@ import dit_lens as dl
 from dit_lens.errors import InputError, listed
 from probes.baselines import SIDE
 from probes.closer import Closer
-from probes.controls import read_with_controls
+from probes.controls import control_task, read_with_controls
 from probes.ridge import Question
 
 CELL = ["expert", "step", "branch", "block", "site", "stream"]
@@ -90,7 +90,9 @@ class CellReader:
         if self.closer is not None and labels.get("block") is not None and labels["step"] in self.closer.steps:
             chosen = [q.name in self.closer.targets and q.kind != "number" for q in asked]
             seen = [
-                self.closer.look(features, question, groups, test, number, self.seed) if closely else {}
+                self.closer.look(features, question, control_task(question, place, self.seed), groups, test, number, self.seed)
+                if closely
+                else {}
                 for question, closely in zip(asked, chosen, strict=True)
             ]
             table = pd.concat([table, pd.DataFrame(seen, index=table.index)], axis=1)

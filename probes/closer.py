@@ -2,7 +2,8 @@
 
 The ridge probe of a map is one of many. Where a target matters, three others read the same rows: logistic regression, the
 difference of means, to which nothing is fitted, and a small network as an upper bound. The code length of its labels says how
-much has to be learned before they are read well (see `linear`).
+much has to be learned before they are read well (see `linear`). Each kind also reads a control task (see `controls`): what a
+network can remember of places is not what a line can.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from probes.linear import FOLDS, code_length, fit_and_score, searched
+from probes.linear import FOLDS, code_length, fit_and_score, searched_strength
 from probes.ridge import Question
 
 KINDS = ("logistic", "mass-mean", "nonlinear")
@@ -36,6 +37,7 @@ class Closer:
         self,
         features: Float[np.ndarray, "rows channels"],
         question: Question,
+        control: Question,
         groups: Shaped[np.ndarray, " rows"],
         test: Bool[np.ndarray, " rows"],
         numbers: Shaped[np.ndarray, " rows"],
@@ -44,22 +46,26 @@ class Closer:
         """Held-out scores of the other kinds of probes, and the code length, of one question.
 
         Args:
-            features, groups, test: as for `read_all`. numbers: which sample a row is of, counted from 0. seed: of the order
-                in which labels are sent.
+            features, groups, test: as for `read_all`. control: the question's control task. numbers: which sample a row is of,
+                counted from 0. seed: of the order in which labels are sent.
 
         Returns:
-            Scores by `KINDS`, `bits` per label, `compression`, and `closer_clusters`, the number of test groups. Nan where a
-            part has labels of one class, or too few groups.
+            Scores by `KINDS`, for each of them its selectivity (as `logistic selectivity`; the control has the penalty that was
+            chosen for the true labels), `bits` per label, `compression`, and `closer_clusters`, the number of test groups. Nan
+            where a part has labels of one class, or too few groups.
         """
         rows = question.asked & (numbers < self.samples)
-        values, x = np.asarray(question.values, dtype=float)[rows], features[rows]
+        values, random = (np.asarray(one.values, dtype=float)[rows] for one in (question, control))
+        x, of, inside = features[rows], groups[rows], test[rows]
         train, held = groups[rows & ~test], groups[rows & test]
-        found = dict.fromkeys((*KINDS, "bits", "compression"), np.nan)
+        found = dict.fromkeys((*KINDS, *(f"{name} selectivity" for name in KINDS), "bits", "compression"), np.nan)
         if len(np.unique(train)) >= FOLDS and len(held):
-            found["logistic"] = searched(x, values, groups[rows], test[rows]).estimate
-            for name in KINDS[1:]:
-                found[name] = fit_and_score(x, values, groups[rows], test=test[rows], probe=name).estimate
+            strength = searched_strength(x[~inside], values[~inside], of[~inside])
+            for name in KINDS:
+                how: Any = {"test": inside, "probe": name, "strength": strength if name == "logistic" else None}
+                score, other = (fit_and_score(x, labels, of, **how).estimate for labels in (values, random))
+                found |= {name: score, f"{name} selectivity": score - other}
         if len(np.unique(values)) > 1:
-            code = code_length(x, values, groups[rows], seed)
+            code = code_length(x, values, of, seed)
             found |= {"bits": code.bits, "compression": code.compression}
         return {**found, "closer_clusters": len(np.unique(held))}

@@ -6,7 +6,9 @@ random, but the same for every token of a *kind* (here its place on the board), 
 learned of them is memory of places. *Selectivity* is the score less the control's. *Shuffled* labels, those of other samples
 at the same places, say what is left of the score when the label's link to the sample is cut: what place alone gives away.
 
-All of them ask the same rows, so that they share the factorisations of the true question and cost next to nothing.
+All of them ask the same rows, so that they share the factorisations of the true question and cost next to nothing. The
+interval of selectivity is over the test groups, resampled for the score and the control alike: what makes both easy in a group
+is no uncertainty of their difference.
 """
 
 from __future__ import annotations
@@ -74,14 +76,15 @@ def read_with_controls(
 
     Returns:
         One row per question: `target`, `kind`, `estimate`, `low`, `high`, `clusters`, `measurements`, `penalty`; `control` and
-        `shuffled`, the scores of these; and `selectivity`.
+        `shuffled`, the scores of these; and `selectivity` with `selectivity_low` and `selectivity_high`.
     """
-    controls = [replace(control_task(question, kinds, seed), interval=False) for question in questions]
+    controls = [control_task(question, kinds, seed) for question in questions]
     mixed = [replace(shuffled(question, samples, kinds, seed), interval=False) for question in questions]
     readings = read(features, [*questions, *controls, *mixed], groups, test, **search)
     rows = []
     for place, question in enumerate(questions):
         true, control, other = readings[place :: len(questions)]
+        selectivity = true.resampled.less(control.resampled).interval()
         rows.append(
             {
                 "target": question.name,
@@ -90,7 +93,9 @@ def read_with_controls(
                 "penalty": true.penalty,
                 CONTROL: control.score.estimate,
                 SHUFFLED: other.score.estimate,
-                "selectivity": true.score.estimate - control.score.estimate,
+                "selectivity": selectivity.estimate,
+                "selectivity_low": selectivity.low,
+                "selectivity_high": selectivity.high,
             }
         )
     return pd.DataFrame(rows)

@@ -192,19 +192,24 @@ def searched(
     Raises:
         InputError: fewer training groups than folds.
     """
-    x, y, of = features[~test], labels[~test], groups[~test]
-    if len(np.unique(of)) < FOLDS:
-        raise InputError(
-            f"the search takes {FOLDS} folds of whole groups, and {len(np.unique(of))} are for training: add samples"
-        )
+    strength = searched_strength(features[~test], labels[~test], groups[~test])
+    return fit_and_score(features, labels, groups, test=test, strength=strength)
+
+
+def searched_strength(
+    features: Float[np.ndarray, "tokens channels"], labels: Shaped[np.ndarray, " tokens"], groups: Shaped[np.ndarray, " tokens"]
+) -> float:
+    """The strength that reads best in folds of the groups of these training tokens; errors as of `searched`."""
+    count = len(np.unique(groups))
+    if count < FOLDS:
+        raise InputError(f"the search takes {FOLDS} folds of whole groups, and {count} are for training: add samples")
     scores = np.full((FOLDS, len(STRENGTHS)), np.nan)
-    for fold, (_, inside) in enumerate(GroupKFold(FOLDS).split(x, groups=of)):
-        held = np.isin(np.arange(len(x)), inside)
-        scores[fold] = [fit_and_score(x, y, of, test=held, strength=strength).estimate for strength in STRENGTHS]
+    for fold, (_, inside) in enumerate(GroupKFold(FOLDS).split(features, groups=groups)):
+        held = np.isin(np.arange(len(features)), inside)
+        scores[fold] = [fit_and_score(features, labels, groups, test=held, strength=each).estimate for each in STRENGTHS]
     # A class may be missing in a fold, which then says nothing of any strength.
     there = scores[~np.isnan(scores).any(axis=1)]
-    strength = STRENGTHS[there.mean(axis=0).argmax()] if len(there) else REGULARISATION
-    return fit_and_score(features, labels, groups, test=test, strength=strength)
+    return STRENGTHS[there.mean(axis=0).argmax()] if len(there) else REGULARISATION
 
 
 @dataclass(frozen=True)

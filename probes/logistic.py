@@ -27,9 +27,9 @@ from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from dit_lens.errors import InputError
-from dit_lens.statistics import Interval
+from dit_lens.statistics import NO_DRAWS, Resampled
 from probes.newton import Problems, areas, minimised
-from probes.ridge import FOLDS, Question, Reading, check_rows, interval, of_same_rows, varies
+from probes.ridge import FOLDS, Question, Reading, check_rows, of_same_rows, resampled, varies
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
 """Of half the sum of squared weights on standardised features, beside the sum of the log-losses (scikit-learn's 1 / C)."""
@@ -88,10 +88,10 @@ def read_stack(
     for same in of_same_rows(questions):
         asked = same[0].asked
         train, held = asked & ~test, asked & test
-        nothing = Interval(np.nan, np.nan, np.nan, len(np.unique(groups[held])), int(held.sum()))
+        nothing = Resampled(np.nan, NO_DRAWS, len(np.unique(groups[held])), int(held.sum()))
         empty = np.zeros((0, features.shape[2]))
         for own in found:
-            own |= {question.name: Reading(question.name, nothing, np.nan, empty) for question in same}
+            own |= {question.name: Reading.of(question.name, nothing, np.nan, empty) for question in same}
         learnable = [question for question in same if varies(question, train) and varies(question, held)]
         if len(np.unique(groups[train])) < folds or not learnable:
             continue
@@ -104,8 +104,8 @@ def read_stack(
                 for question, (penalty, weights) in zip(learnable, of_cell, strict=True):
                     if not np.isnan(penalty):
                         guesses = features[cell][held].astype(np.float64) @ weights.T
-                        score = interval(question, guesses, train, held, groups[held])
-                        found[cell][question.name] = Reading(question.name, score, penalty, weights)
+                        score = resampled(question, guesses, train, held, groups[held])
+                        found[cell][question.name] = Reading.of(question.name, score, penalty, weights)
     return [[own[question.name] for question in questions] for own in found]
 
 

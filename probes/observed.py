@@ -17,6 +17,7 @@ import dit_lens as dl
 from dit_lens import metrics
 from dit_lens.errors import InputError
 from dit_lens.reasoner import board
+from probes.baselines import SIDE
 from probes.cells import MIDDLE, Frame, named
 from probes.targets import Drawn
 
@@ -108,6 +109,21 @@ def rows_of(store: dl.Store, samples: Sequence[Any], model: str | None) -> pd.Da
             " write model=, or give each model a store of its own"
         )
     return rows
+
+
+def check_squares(store: dl.Store, samples: Sequence[Any]) -> None:
+    """Refuse runs whose tokens are not those of a board, before many are made.
+
+    Raises:
+        InputError: a frame of the first run of these samples has not 8 x 8 tokens.
+    """
+    number = rows_of(store, samples, None)["run"].iloc[0]
+    _, height, width = store.run(int(number)).layout.shape
+    if (height, width) != (SIDE, SIDE):
+        raise InputError(
+            f"labels are of {SIDE} x {SIDE} tokens, and frames of {samples[0].task.name} have {height} x {width} here: write"
+            f" --height and --width that give {SIDE} x {SIDE} (64 and 64 for the bundled model)"
+        )
 
 
 def kept_of(rows: pd.DataFrame) -> list[Frame] | None:

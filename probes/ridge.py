@@ -25,7 +25,7 @@ from scipy.stats import rankdata
 from sklearn.model_selection import GroupKFold
 
 from dit_lens.errors import InputError, listed
-from dit_lens.statistics import Interval, auc_interval, macro_auc_interval, r2_interval
+from dit_lens.statistics import NO_DRAWS, Interval, Resampled, macro_auc_resampled, r2_resampled
 
 PENALTIES = tuple(10.0**power for power in range(-1, 6))
 """Of the sum of squared weights on standardised features (scikit-learn's alpha)."""
@@ -72,12 +72,24 @@ class Reading:
         name: of the question. score: held-out area under the ROC curve or R2 with its interval over groups; all nan where
             the training or the test part leaves nothing to learn or to score.
         penalty: the chosen one. weights: of the features as they came, (columns, channels).
+        draws: the score in every resample of the groups, by which `score` has its interval.
     """
 
     name: str
     score: Interval
     penalty: float
     weights: Float[np.ndarray, "columns channels"]
+    draws: Float[np.ndarray, " resamples"]
+
+    @staticmethod
+    def of(name: str, found: Resampled, penalty: float, weights: Float[np.ndarray, "columns channels"]) -> Reading:
+        """A reading of what was found in the test rows."""
+        return Reading(name, found.interval(), penalty, weights, found.draws)
+
+    @property
+    def resampled(self) -> Resampled:
+        """The score with its draws, to be compared with another of the same rows."""
+        return Resampled(self.score.estimate, self.draws, self.score.clusters, self.score.measurements)
 
 
 def read_all(
@@ -142,11 +154,11 @@ def _read_together(
     folds: int,
 ) -> list[Reading]:
     train, held = asked & ~test, asked & test
-    nothing = Interval(np.nan, np.nan, np.nan, len(np.unique(groups[held])), int(held.sum()))
+    nothing = Resampled(np.nan, NO_DRAWS, len(np.unique(groups[held])), int(held.sum()))
     empty = np.zeros((0, features.shape[1]))
     learnable = [question for question in questions if varies(question, train) and varies(question, held)]
     if len(np.unique(groups[train])) < folds or not learnable:
-        return [Reading(question.name, nothing, np.nan, empty) for question in questions]
+        return [Reading.of(question.name, nothing, np.nan, empty) for question in questions]
     labels = [question.columns(train) for question in learnable]
     spans = np.cumsum([0, *(part.shape[1] for part in labels)])
     x, y = features[train], np.concatenate(labels, axis=1)
@@ -172,9 +184,9 @@ def _read_together(
         span = slice(spans[number], spans[number + 1])
         best = chosen[number]
         guesses = features[held] @ weights[best, span].T + offsets[best, span]
-        score = interval(question, guesses, train, held, groups[held])
-        found[question.name] = Reading(question.name, score, penalties[best], weights[best, span])
-    return [found.get(question.name, Reading(question.name, nothing, np.nan, empty)) for question in questions]
+        score = resampled(question, guesses, train, held, groups[held])
+        found[question.name] = Reading.of(question.name, score, penalties[best], weights[best, span])
+    return [found.get(question.name, Reading.of(question.name, nothing, np.nan, empty)) for question in questions]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,19 +252,18 @@ def _scores(
     return (won / (count * (len(truth) - count))).mean(axis=1)
 
 
-def interval(
+def resampled(
     question: Question,
     guesses: Float[np.ndarray, "rows columns"],
     train: Bool[np.ndarray, " all_rows"],
     held: Bool[np.ndarray, " all_rows"],
     groups: Shaped[np.ndarray, " rows"],
-) -> Interval:
-    """The score on the test rows, with its interval over groups."""
+) -> Resampled:
+    """The score on the test rows, and in resamples of the groups if the question is to have an interval."""
     values = np.asarray(question.values, dtype=float)
     if not question.interval:
         groups = np.zeros(len(groups))
     if question.kind == "number":
-        return r2_interval(guesses[:, 0], values[held], groups)
-    if question.kind == "binary":
-        return auc_interval(guesses[:, 0], values[held] > 0, groups)
-    return macro_auc_interval(guesses, values[held][:, None] == np.unique(values[train]), groups)
+        return r2_resampled(guesses[:, 0], values[held], groups)
+    truth = (values[held] > 0)[:, None] if question.kind == "binary" else values[held][:, None] == np.unique(values[train])
+    return macro_auc_resampled(guesses, truth, groups)

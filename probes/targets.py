@@ -34,6 +34,8 @@ MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Up, down, left, right: the classes of `next move`."""
 MAZES = ("maze", "maze-loops")
 ALL = (*MAZES, "circle", "tictactoe", "permanence", "pattern", "bounce")
+FOLDER = "samples of a folder"
+"""Stands for a task of which only the true videos are known."""
 HEADLINES = {
     "maze": ("wall", "route", "painted"),
     "maze-loops": ("wall", "which", "painted"),
@@ -42,6 +44,7 @@ HEADLINES = {
     "permanence": ("shape", "hidden place", "final colour"),
     "pattern": ("colour", "next", "painted"),
     "bounce": ("wall", "flight", "painted"),
+    FOLDER: ("colour", "to change", "painted"),
 }
 """Targets that stand for what is perceived, concluded and written in a task."""
 STAYS = tuple(task for task in ALL if task != "permanence")
@@ -102,8 +105,13 @@ def questions(targets: Sequence[Target], samples: Sequence[Any], drawn: Sequence
 
 
 def targets(task: str) -> list[Target]:
-    """The targets of a task."""
-    return [target for target in TARGETS if task in target.tasks]
+    """The targets of a task; of one that is not bundled, those of a folder."""
+    return [target for target in TARGETS if (task if task in ALL else FOLDER) in target.tasks]
+
+
+def headlines(task: str) -> tuple[str, ...]:
+    """The headlines of a task; of one that is not bundled, those of a folder."""
+    return HEADLINES[task if task in ALL else FOLDER]
 
 
 def where(asked: Bool[np.ndarray, "height width"], labels: np.ndarray) -> Labels:
@@ -228,6 +236,10 @@ def _landing(sample: Any, drawn: Drawn) -> Labels:
     return np.where(np.isnan(_flight(sample, drawn)), np.nan, tokens(end) > 0)
 
 
+def _to_change(sample: Any, drawn: Drawn) -> Labels:
+    return where(_anywhere(), tokens(sample.masks["answer"]) > 0)
+
+
 def _final_colour(sample: Any, drawn: Drawn) -> Labels:
     return where(_anywhere(), main_colour(drawn.board))
 
@@ -248,7 +260,7 @@ def written(channel: int) -> Target:
 
 TARGETS = (
     Target("wall", "perceptual", "binary", (*MAZES, "bounce"), "three of four squares (mazes, rooms only) or two", _wall),
-    Target("colour", "perceptual", "classes", ALL, "most squares, black only where all are", _colour),
+    Target("colour", "perceptual", "classes", (*ALL, FOLDER), "most squares, black only where all are", _colour),
     Target("shape", "perceptual", "classes", ("circle", "permanence"), "any square of the object's 3 x 3", _shape),
     Target("route", "reasoning", "binary", MAZES, "the token's room is on a legal route", _route),
     Target("next move", "reasoning", "classes", ("maze",), "from the token's room on the route", _next_move),
@@ -260,6 +272,7 @@ TARGETS = (
     Target("next", "reasoning", "classes", ("pattern",), "the symbol to come, at the place that is asked for", _next),
     Target("flight", "reasoning", "binary", ("bounce",), "any square of the path, inside the box", _flight),
     Target("landing", "reasoning", "binary", ("bounce",), "holds the ball at the end, inside the box", _landing),
-    Target("final colour", "consolidation", "classes", ALL, "as colour, in the model's own last frame", _final_colour),
-    Target("painted", "consolidation", "binary", STAYS, "any square that the model's own video changed", _painted),
+    Target("to change", "reasoning", "binary", (FOLDER,), "any square that the true video changes", _to_change),
+    Target("final colour", "consolidation", "classes", (*ALL, FOLDER), "as colour, in the model's own last frame", _final_colour),
+    Target("painted", "consolidation", "binary", (*STAYS, FOLDER), "any square that the model's own video changed", _painted),
 )

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 import dit_lens as dl
 from dit_lens import plots
 from dit_lens.errors import InputError, listed
-from dit_lens.statistics import Interval, auc_interval, macro_auc_interval, r2_interval
+from dit_lens.statistics import NO_DRAWS, Resampled, macro_auc_resampled, r2_resampled
 from probes.controls import CONTROL, control_task
 from probes.levers import Tokens, tokens_of
 from probes.linear import split_groups
@@ -64,7 +64,7 @@ def transfer(
         A row for each pair: `trained` and `tested` (with `trained_sigma` and `tested_sigma` over steps), the `cell` that stayed,
         `target`, `kind`; the score with `low`, `high`, `clusters` and `measurements`; `own`, the score of the tested cell's
         own probe, and `trained_own`, of the trained one at home; `control`, that of a control task trained and tested at the
-        same places; and `selectivity`.
+        same places; and `selectivity`, with `selectivity_low` and `selectivity_high`.
 
     Raises:
         InputError: less than two cells, cells of other samples than these, or labels that leave nothing to learn.
@@ -98,7 +98,6 @@ def transfer(
     table = pd.DataFrame(rows).assign(target=target.name, kind=target.kind, **{k: v for k, v in wanted.items() if k in FIXED})
     own = table[table[TRAINED] == table[TESTED]].set_index(TESTED)["estimate"]
     table["own"], table["trained_own"] = (own.reindex(table[side]).to_numpy() for side in (TESTED, TRAINED))
-    table["selectivity"] = table["estimate"] - table[CONTROL]
     if over == "step":
         sigmas = places.set_index(over)["sigma"]
         for side in (TRAINED, TESTED):
@@ -138,14 +137,17 @@ class _Reading:
         features, tokens = self._cell(place)
         rows = []
         for trained, weights in probes.items():
+            asked = self.questions[0].asked & self.test
             # A control task may have labels of one class only, where there are few places.
             true, control = (
                 scored(question, features @ one.T, tokens.groups, self.test)
                 if len(one)
-                else Interval(np.nan, np.nan, np.nan, 0, 0)
+                else Resampled(np.nan, NO_DRAWS, len(np.unique(tokens.groups[asked])), int(asked.sum()))
                 for question, one in zip(self.questions, weights, strict=True)
             )
-            rows.append({TRAINED: trained, TESTED: place, **asdict(true), CONTROL: control.estimate})
+            gap = true.less(control).interval()
+            less = {"selectivity": gap.estimate, "selectivity_low": gap.low, "selectivity_high": gap.high}
+            rows.append({TRAINED: trained, TESTED: place, **asdict(true.interval()), CONTROL: control.estimate, **less})
         return rows
 
     def _cell(self, place: int) -> tuple[Float[np.ndarray, "rows channels"], Tokens]:
@@ -178,15 +180,14 @@ def scored(
     guesses: Float[np.ndarray, "rows columns"],
     groups: Shaped[np.ndarray, " rows"],
     test: Bool[np.ndarray, " rows"],
-) -> Interval:
+) -> Resampled:
     """The score of guesses on the test rows that are asked; guesses of numbers are moved to the mean of the training labels."""
     values, train, held = np.asarray(question.values, dtype=float), question.asked & ~test, question.asked & test
     if question.kind == "number":
         moved = guesses[held, 0] - guesses[train, 0].mean() + values[train].mean()
-        return r2_interval(moved, values[held], groups[held])
-    if question.kind == "binary":
-        return auc_interval(guesses[held, 0], values[held] > 0, groups[held])
-    return macro_auc_interval(guesses[held], values[held][:, None] == np.unique(values[train]), groups[held])
+        return r2_resampled(moved, values[held], groups[held])
+    truth = (values[held] > 0)[:, None] if question.kind == "binary" else values[held][:, None] == np.unique(values[train])
+    return macro_auc_resampled(guesses[held], truth, groups[held])
 
 
 def heatmap(table: pd.DataFrame) -> Figure:

@@ -77,10 +77,42 @@ def test_the_model_is_given_the_case_itself(sample: Any) -> None:
     assert (inputs["height"], inputs["width"], inputs["num_frames"]) == (64, 64, 17)
 
 
+def test_one_answer_is_known_and_no_wrong_one(folder: Path, sample: Any) -> None:
+    task, shown = sample.task, sample.video()[None]
+    assert task.decoy(sample) is None
+    assert task.evidence(shown, [sample], [(cases.TRUE,)])[0] == pytest.approx(task.evidence(shown, [sample])[0])
+    with pytest.raises(InputError, match="only the true video of a sample of the folder mazes is known"):
+        task.evidence(shown, [sample], [("another",)])
+    assert len(task.first(2, several=False)) == 2
+    assert task.first(2, several=True) == []
+    with pytest.raises(InputError, match="has 3 samples with one answer where 4 are asked for"):
+        task.first(4, several=False)
+
+
+def test_samples_are_as_long_and_large_as_their_videos(tmp_path: Path) -> None:
+    vbvr.write([reasoner.task("maze").sample("test", number, frames=9) for number in range(2)], tmp_path)
+    one, other = (reasoner.task(str(tmp_path)).sample(index=number) for number in range(2))
+    assert isinstance(other, cases.CaseSample)
+    assert one.frames == len(one.boards) == one.inputs["num_frames"] == 9
+    Image.new("RGB", (96, 48)).save(other.case.path / "first_frame.png")
+    wide = reasoner.task(str(tmp_path)).sample(index=1)
+    with pytest.raises(InputError, match="samples of one size, and these have 64 x 64, 96 x 48 pixels; write one folder"):
+        reasoner.inputs([one, wide])
+
+
+def test_a_folder_that_is_called_as_a_task_is_not_taken_for_it(tmp_path: Path) -> None:
+    for where in ("maze", "a/mazes", "b/mazes"):
+        vbvr.write([reasoner.task("maze").sample("test", 0)], tmp_path / where)
+    assert reasoner.task(str(tmp_path / "maze")).name == "folder-maze"
+    assert list(reasoner.named(["maze", str(tmp_path / "maze")])) == ["maze", "folder-maze"]
+    with pytest.raises(InputError, match="two tasks are named 'mazes'; leave one out, or rename its folder"):
+        reasoner.named([str(tmp_path / "a/mazes"), str(tmp_path / "b/mazes")])
+
+
 def test_says_how_many_there_are(folder: Path) -> None:
     with pytest.raises(InputError, match=r"holds 3 samples, and test sample 3 is asked for.*--samples 3"):
         reasoner.task(str(folder)).sample("test", 3)
-    with pytest.raises(InputError, match="0 pairs"):
+    with pytest.raises(InputError, match="has no pairs: of its samples only the true videos are known"):
         reasoner.pairs(str(folder), 1)
     with pytest.raises(InputError, match="or write a folder in VBVR-Bench layout"):
         reasoner.task("mazy")

@@ -203,7 +203,7 @@ def test_a_probe_map_has_every_control_and_goes_on_where_it_stopped(tmp_path: Pa
     first, ran = made(), []
     run = lens.run
     lens.run = lambda **given: ran.append(1) or run(**given)  # pyright: ignore[reportAttributeAccessIssue]
-    first.units("permanence", {"trained": lambda: probe_map.read(first, "permanence")})
+    first.units("permanence", {"trained": lambda: probe_map.read(first, dl.reasoner.task("permanence"))})
     assert len(ran) == 2
     again = made()
     results = probe_map.run(again)

@@ -15,7 +15,7 @@ import dit_lens as dl
 from dit_lens import reasoner
 from dit_lens.reasoner.tasks.maze import Maze
 from probes.baselines import LATENTS, PLACE, SITUATION, TIMESTEP
-from probes.closer import Closer
+from probes.closer import KINDS, Closer
 from probes.levers import tokens_of
 from probes.linear import check_split
 from probes.maps import PROBE, read_map
@@ -62,15 +62,19 @@ def test_presence_absence_erasure_and_nonlinearity_are_told_apart(table: pd.Data
     assert present["estimate"] > 0.99
     assert present["selectivity"] > 0.3
     assert present["nonlinear"] > 0.99
+    # What a network remembers of places is no selectivity.
+    assert all(present[f"{kind} selectivity"] > 0.2 for kind in KINDS)
     assert present["compression"] > 3
     for block in (absent, erased):
         assert block["low"] < 0.5 < block["high"]
         assert abs(block["selectivity"]) < 0.15
         assert abs(block["nonlinear"] - 0.5) < 0.15
+        assert abs(block["nonlinear selectivity"]) < 0.25
         assert block["compression"] < 1.05
     assert abs(product["estimate"] - 0.5) < 0.15
     assert abs(product["logistic"] - 0.5) < 0.15
     assert product["nonlinear"] > 0.95
+    assert product["nonlinear selectivity"] > 0.2 > abs(product["logistic selectivity"])
     assert (probed["shuffled"] < 0.65).all()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import r2_score, roc_auc_score
 
 from probes.controls import control_task, read_with_controls, shuffled
-from probes.ridge import Question
+from probes.ridge import Question, read_all
 
 SAMPLES, PLACES = 60, 12
 SAMPLE = np.repeat(np.arange(SAMPLES), PLACES)
@@ -40,6 +41,46 @@ def test_what_is_read_of_the_sample_is_selective() -> None:
     assert abs(found["control"] - 0.5) < 0.15
     assert abs(found["shuffled"] - 0.5) < 0.15
     assert found["selectivity"] == pytest.approx(found["estimate"] - found["control"])
+
+
+@pytest.mark.parametrize("kind", ["binary", "classes", "number"])
+def test_the_interval_of_selectivity_is_that_of_both_probes_in_the_same_resamples(kind: str) -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.normal(size=len(SAMPLE))
+    labels = {"binary": truth > 0, "classes": np.digitize(truth, [-0.5, 0.5]), "number": truth}[kind]
+    features = truth[:, None] * rng.normal(size=5) + 2 * rng.normal(size=(len(SAMPLE), 5))
+    question = Question("it", kind, labels)  # pyright: ignore[reportArgumentType]
+    found = read_with_controls(features, [question], SAMPLE, TEST, SAMPLE, PLACE).iloc[0]
+    control = control_task(question, PLACE)
+    true, random = read_all(features, [question, control], SAMPLE, TEST)
+    readings = {"true": true, "control": random}
+    answers = {"true": np.asarray(labels, dtype=float), "control": np.asarray(control.values)}
+
+    def score(name: str, rows: np.ndarray) -> float:
+        guesses, right = features[rows] @ readings[name].weights.T, answers[name][rows]
+        if kind == "number":
+            # The offset is that of the means of the training rows.
+            middle = answers[name][~TEST].mean() - (features[~TEST].mean(axis=0) @ readings[name].weights.T)
+            return float(r2_score(right, guesses[:, 0] + middle))
+        classes = [1.0] if kind == "binary" else np.unique(answers[name][~TEST])
+        return float(np.mean([roc_auc_score(right == c, guess) for c, guess in zip(classes, guesses.T, strict=True)]))
+
+    held = np.flatnonzero(TEST)
+    assert found["selectivity"] == pytest.approx(score("true", held) - score("control", held), abs=1e-6)
+    groups = np.unique(SAMPLE[TEST])
+    counts = np.random.default_rng(0).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=1000)
+    of = [np.flatnonzero(group == SAMPLE) for group in groups]
+    drawn = [np.concatenate([np.tile(rows, n) for rows, n in zip(of, row, strict=True)]) for row in counts[:100]]
+    draws = true.resampled.less(random.resampled).draws
+    assert draws[:100] == pytest.approx(np.array([score("true", rows) - score("control", rows) for rows in drawn]), abs=1e-6)
+    assert (found["selectivity_low"], found["selectivity_high"]) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    assert found["selectivity_low"] < found["selectivity"] < found["selectivity_high"]
+
+
+def test_where_nothing_is_read_there_is_no_selectivity() -> None:
+    features = np.random.default_rng(5).normal(size=(len(SAMPLE), 4))
+    found = read(features, (SAMPLE >= 20) & (PLACE < 6))  # the test rows have one label, those of the control have two
+    assert np.isnan(found[["estimate", "selectivity", "selectivity_low", "selectivity_high"]].astype(float)).all()
 
 
 def test_numbers_have_controls_too() -> None:

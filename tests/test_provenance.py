@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dit_lens import provenance
+from dit_lens import provenance, reasoner
+from dit_lens.reasoner import vbvr
 
 
 def facts(scheduler: Any) -> dict[str, Any]:
@@ -24,6 +25,19 @@ def test_a_schedulers_facts_do_not_depend_on_the_order_of_a_set() -> None:
     assert facts(one) == facts(other)
     assert facts(one)["config"]["shift"] == 3.0
     assert facts(one) != facts(FlowMatchEulerDiscreteScheduler(shift=5.0))
+
+
+def test_a_folder_counts_by_what_it_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "mazes"
+    (sample,) = vbvr.write([reasoner.task("maze").sample("test", 0)], folder)
+    settings = {"tasks": ("maze", str(folder)), "samples": 1}
+    before = provenance.folder_hashes(settings)
+    assert list(before) == [str(folder)]
+    (sample / "notes.txt").write_text("nobody reads this")
+    assert provenance.folder_hashes(settings) == before
+    (sample / "prompt.txt").write_text("another")
+    assert provenance.folder_hashes(settings) != before
+    assert provenance.folder_hashes({"tasks": ("maze",), "branch": "cond"}) == {}
 
 
 @pytest.fixture

@@ -1,15 +1,17 @@
 """Intervals: against scipy and scikit-learn, and by what must hold of any bootstrap over clusters."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import r2_score, roc_auc_score
 
 from dit_lens.errors import InputError
-from dit_lens.statistics import auc_interval, in_words, mean_interval, summarise
+from dit_lens.statistics import Resampled, auc_interval, in_words, macro_auc_resampled, mean_interval, r2_resampled, summarise
 
 values_by_cluster = st.lists(
     st.lists(st.floats(-100, 100), min_size=1, max_size=4), min_size=2, max_size=8
@@ -115,6 +117,51 @@ def test_auc_interval_is_that_of_resampled_clusters() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.015)
 
 
+def test_a_difference_is_that_of_the_same_resampled_clusters() -> None:
+    random = np.random.default_rng(1)
+    clusters = np.repeat(np.arange(20), 8)
+    truth, labels = random.normal(size=160), random.integers(3, size=160)[:, None] == np.arange(3)
+    hard = random.normal(size=20)[clusters]  # what makes both guesses bad in a cluster
+    guesses = [truth + 0.5 * hard, truth + 0.5 * hard + 0.3 * random.normal(size=160)]
+    scores = [labels + 0.4 * (hard[:, None] + random.normal(size=(160, 3))) for _ in range(2)]
+    kinds: list[tuple[list[Resampled], Any]] = [
+        (
+            [r2_resampled(guess, truth, clusters, 200) for guess in guesses],
+            lambda i, rows: r2_score(truth[rows], guesses[i][rows]),
+        ),
+        (
+            [macro_auc_resampled(score, labels, clusters, 200) for score in scores],
+            lambda i, rows: np.mean([roc_auc_score(labels[rows, c], scores[i][rows, c]) for c in range(3)]),
+        ),
+    ]
+    # The clusters that are drawn: the same for every score of as many clusters.
+    counts = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), size=200)
+    drawn = [np.concatenate([np.tile(np.flatnonzero(clusters == c), n) for c, n in enumerate(row)]) for row in counts]
+    for (one, other), score in kinds:
+        expected = [score(0, rows) - score(1, rows) for rows in drawn]
+        found = one.less(other)
+        assert found.draws == pytest.approx(np.array(expected), abs=1e-9)
+        every = np.arange(160)
+        interval = found.interval()
+        assert interval.estimate == pytest.approx(score(0, every) - score(1, every))
+        assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(expected, [0.025, 0.975])))
+    (one, other), _ = kinds[0]
+    paired, alone = one.less(other).interval(), one.interval()
+    assert paired.high - paired.low < alone.high - alone.low
+
+
+def test_differences_of_other_rows_and_of_nothing() -> None:
+    one = r2_resampled([0.0, 1.0, 2.0, 2.0], [0.0, 1.0, 2.0, 3.0], [0, 0, 1, 1])
+    undefined = r2_resampled([0.0, 1.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0], [0, 0, 1, 1])
+    nothing = one.less(undefined).interval()
+    assert np.isnan([nothing.estimate, nothing.low, nothing.high]).all()
+    assert (nothing.clusters, nothing.measurements) == (2, 4)
+    with pytest.raises(InputError, match="4 of 2 clusters and 3 of 3: score the same rows"):
+        one.less(r2_resampled([0.0, 1.0, 2.0], [0.0, 1.0, 3.0], [0, 1, 2]))
+    with pytest.raises(InputError, match="have 1000 and 10 resamples"):
+        one.less(r2_resampled([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 2.0], [0, 0, 1, 1], resamples=10))
+
+
 def test_auc_of_perfect_and_of_missing_classes() -> None:
     perfect = auc_interval([0, 1, 2, 3], [False, False, True, True], [0, 1, 0, 1])
     assert (perfect.estimate, perfect.low, perfect.high) == (1, 1, 1)
@@ -132,6 +179,11 @@ def test_summarise_makes_one_row_per_group_and_leaves_out_what_is_undefined() ->
     found = summarise(table, "value", ["task"])
     assert found["task"].tolist() == ["a"]
     assert found[["mean", "clusters", "measurements"]].to_numpy().tolist() == [[3.0, 2, 3]]
+    nothing = summarise(table[table["task"] == "b"], "value", ["task", "sample"])
+    assert nothing.empty
+    assert pd.concat([nothing, summarise(table, "value", ["task", "sample"])]).dtypes.to_dict() == (
+        summarise(table, "value", ["task", "sample"]).dtypes.to_dict()
+    )
     with pytest.raises(InputError, match="no column"):
         summarise(table, "missing", ["task"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from dit_lens import reasoner
+from dit_lens.reasoner import vbvr
 from dit_lens.reasoner.board import Colour
 from dit_lens.reasoner.tasks.maze import walkable
-from probes.targets import ALL, MOVES, TARGETS, Drawn, Target, main_colour, questions, targets, written
+from probes.targets import ALL, MOVES, TARGETS, Drawn, Target, headlines, main_colour, questions, targets, written
 
 BY_NAME = {target.name: target for target in TARGETS}
 
@@ -35,6 +37,22 @@ def test_every_target_has_labels_to_tell_apart_in_its_tasks(name: str) -> None:
         if target.kind == "binary":
             assert set(np.unique(np.asarray(question.values)[question.asked])) == {0, 1}
     assert {target.content for target in targets(name)} == {"perceptual", "reasoning", "consolidation"}
+
+
+def test_of_a_folder_only_what_its_videos_show_is_asked(tmp_path: Path) -> None:
+    mazes = samples("maze", 6)
+    vbvr.write(mazes, tmp_path / "mazes")
+    task = reasoner.task(str(tmp_path / "mazes"))
+    found = [task.sample("test", number) for number in range(6)]
+    asked = targets(task.name)
+    assert [target.name for target in asked] == ["colour", "to change", "final colour", "painted"]
+    assert set(headlines(task.name)) < {target.name for target in asked}
+    drawn = [faithful(sample) for sample in mazes]
+    change, painted = (questions([BY_NAME[name]], found, drawn)[0].values for name in ("to change", "painted"))
+    (route,) = questions([BY_NAME["route"]], mazes, drawn)
+    # What changes is what a faithful model paints; of the rooms that a puzzle knows, those on the route.
+    assert np.array_equal(change, painted)
+    assert np.array_equal(np.asarray(change)[route.asked], np.asarray(route.values)[route.asked])
 
 
 def test_the_route_is_walked_by_its_next_moves() -> None:

@@ -39,6 +39,7 @@ def test_a_probe_reads_where_the_feature_has_the_direction_that_it_was_trained_o
         assert row["control"] < READABLE
         assert row["low"] <= row["estimate"] <= row["high"]
         assert row["selectivity"] == pytest.approx(row["estimate"] - row["control"])
+        assert row["selectivity_low"] <= row["selectivity"] <= row["selectivity_high"]
     assert (table["clusters"] == CLIPS / 2).all()
     figure = heatmap(table)
     FigureCanvasAgg(figure).draw()

@@ -31,16 +31,35 @@ def task(name: str) -> Task:
     return FolderTask(name)
 
 
+def named(names: Sequence[str]) -> dict[str, Task]:
+    """Tasks by their own names; that of a folder is the last part of its path.
+
+    Raises:
+        InputError: as of `task`, or two have the same name.
+    """
+    found: dict[str, Task] = {}
+    for name in names:
+        one = task(name)
+        if one.name in found:
+            raise InputError(f"two tasks are named {one.name!r}; leave one out, or rename its folder")
+        found[one.name] = one
+    return found
+
+
 def inputs(samples: Sequence[Sample]) -> dict[str, Any]:
     """The pipeline's keyword arguments for several samples at once: lists of prompts and images, everything else shared.
 
     Raises:
-        InputError: there is no sample, or their clips differ in length.
+        InputError: there is no sample, or their clips differ in length or size.
     """
     lengths = sorted({s.frames for s in samples})
     if len(lengths) != 1:
         raise InputError(f"a batch needs samples of one length, and these have {lengths} frames; write one batch for each")
     each = [s.inputs for s in samples]
+    sizes = sorted({(i["width"], i["height"]) for i in each})
+    if len(sizes) != 1:
+        shown = ", ".join(f"{width} x {height}" for width, height in sizes)
+        raise InputError(f"a batch needs samples of one size, and these have {shown} pixels; write one folder for each size")
     return {**each[0], "prompt": [i["prompt"] for i in each], "image": [i["image"] for i in each]}
 
 
@@ -59,7 +78,12 @@ def pairs(name: str, count: int, split: Split = "test", frames: int = CALL["num_
     """
     kind = task(name)
     found: list[Pair] = []
-    tried = 40 * count if kind.held is None else kind.held
+    if kind.held is not None:
+        raise InputError(
+            f"the folder {name} has no pairs: of its samples only the true videos are known, not which differ in one thing;"
+            " write bundled tasks that have pairs, as --tasks circle maze"
+        )
+    tried = 40 * count
     for index in range(tried):
         pair = kind.pair(kind.sample(split, index, frames))
         found += [Pair(*pair)] if pair else []
@@ -68,4 +92,4 @@ def pairs(name: str, count: int, split: Split = "test", frames: int = CALL["num_
     raise InputError(f"{name} has {len(found)} pairs among its first {tried} samples, and {count} are asked for")
 
 
-__all__ = ["Pair", "Sample", "Score", "Task", "folder", "inputs", "pairs", "task", "tasks"]
+__all__ = ["Pair", "Sample", "Score", "Task", "folder", "inputs", "named", "pairs", "task", "tasks"]

@@ -25,6 +25,7 @@ from PIL import Image
 from dit_lens.errors import InputError
 from dit_lens.reasoner import board, vbvr
 from dit_lens.reasoner.settings import CALL
+from dit_lens.reasoner.tasks import TASKS
 from dit_lens.reasoner.tasks.base import Answer, Sample, Score, Split, Task
 
 TRUE = "as in the true video"
@@ -57,9 +58,7 @@ class CaseSample(Sample):
     @property
     def inputs(self) -> dict[str, Any]:
         """The pipeline's keyword arguments: the picture at its own size, and the length of the true video."""
-        own = self.case.inputs
-        # The longest clip that a VAE of four frames a latent can hold.
-        return {**CALL, **own, "num_frames": (own["num_frames"] - 1) // 4 * 4 + 1}
+        return {**CALL, **self.case.inputs, "num_frames": self.frames}
 
     @cached_property
     def ends(self) -> tuple[Float[np.ndarray, "16 16 3"], Float[np.ndarray, "16 16 3"]]:
@@ -80,7 +79,9 @@ class FolderTask(Task):
     def __init__(self, folder: str | Path) -> None:
         self.cases = vbvr.read(folder)
         self.held = len(self.cases)
-        self.name = Path(folder).resolve().name  # pyright: ignore[reportAttributeAccessIssue]
+        own = Path(folder).resolve().name
+        # What is known of a bundled task is not known of a folder that is called as one.
+        self.name = f"folder-{own}" if own in TASKS else own  # pyright: ignore[reportAttributeAccessIssue]
 
     def sample(self, split: Split = "test", index: int = 0, frames: int = CALL["num_frames"]) -> Sample:
         """The case with a number; its own video says how many frames it has."""
@@ -90,7 +91,9 @@ class FolderTask(Task):
                 f" write test samples 0 to {len(self.cases) - 1} (as --samples {len(self.cases)})"
             )
         case = self.cases[index]
-        return CaseSample(self, split, index, case, case.prompt, 0, frames, (TRUE,))
+        # The longest clip that a VAE of four frames a latent can hold.
+        own = (case.frames - 1) // 4 * 4 + 1
+        return CaseSample(self, split, index, case, case.prompt, 0, own, (TRUE,))
 
     def generate(self, random: np.random.Generator) -> Any:
         raise InputError(f"the samples of the folder {self.name} are given; none can be made")
@@ -136,11 +139,23 @@ class FolderTask(Task):
             return Score(False, TRUE, 0, f"what must stay differs by {off:.2f} from the true video, of at most {STAYS}")
         return Score(True, TRUE, 0)
 
+    def decoy(self, sample: Sample) -> None:
+        """There is none: nothing is known of wrong answers."""
+
     def evidence(
-        self, videos: Float[np.ndarray, "batch frames 64 64 3"], samples: Sequence[Sample]
+        self,
+        videos: Float[np.ndarray, "batch frames 64 64 3"],
+        samples: Sequence[Sample],
+        answers: Sequence[Sequence[Answer]] | None = None,
     ) -> list[Float[np.ndarray, " answers"]]:
         """How near the last frame has come to the true one, from 0 (no nearer than the first frame) to 1: one minus the distance
-        (RGB) of the colour of each square that changes, over the distance from which it started, clipped, averaged."""
+        (RGB) of the colour of each square that changes, over the distance from which it started, clipped, averaged.
+
+        Raises:
+            InputError: `answers` has another one than the true one.
+        """
+        if answers is not None and any(list(each) != [TRUE] for each in answers):
+            raise InputError(f"only the true video of a sample of the folder {self.name} is known; leave out answers=")
         found = []
         for last, sample in zip(board.square_colours(np.asarray(videos)[:, -1]), samples, strict=True):
             assert isinstance(sample, CaseSample)

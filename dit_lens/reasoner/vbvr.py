@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Case:
         except (FFmpegError, IndexError, ValueError) as error:  # damaged, without a video stream, without a frame
             raise InputError(f"{self.path / 'ground_truth.mp4'} is no video; write an MP4 there") from error
 
+    @cached_property
+    def frames(self) -> int:
+        """How many frames the true video has; errors as of `video`."""
+        return len(self.video())
+
     @property
     def inputs(self) -> dict[str, Any]:
         """Pipeline arguments: prompt, image, and the size and length of the true video."""
@@ -56,7 +62,7 @@ class Case:
             "image": self.first_frame,
             "height": height,
             "width": width,
-            "num_frames": len(self.video()),
+            "num_frames": self.frames,
         }
 
 
@@ -74,7 +80,7 @@ def write(samples: Iterable[Sample], folder: Path | str) -> list[Path]:
             video = paint(sample.boards)
             Image.fromarray(video[0]).save(where / "first_frame.png")
             Image.fromarray(video[-1]).save(where / "final_frame.png")
-            _write_video(where / "ground_truth.mp4", video)
+            write_video(where / "ground_truth.mp4", video)
             (where / "prompt.txt").write_text(sample.prompt + "\n", encoding="utf-8")
             written.append(where)
     except OSError as error:
@@ -113,7 +119,7 @@ def _read_one(folder: Path) -> Case:
     return Case(folder.name, prompt, first, final, folder)
 
 
-def _write_video(path: Path, video: UInt8[np.ndarray, "frames height width 3"]) -> None:
+def write_video(path: Path, video: UInt8[np.ndarray, "frames height width 3"]) -> None:
     """H.264 at a quality that keeps every square's colour."""
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "4"})

@@ -208,10 +208,11 @@ class Task(ABC):
         """The first samples with several legal answers, or with one; none where there is none among the first 40.
 
         Raises:
-            InputError: there are some, and too few among the first 40 for each that is asked for.
+            InputError: there are some, and too few among the first 40 for each that is asked for, or among all that there are.
         """
         kind: list[Sample] = []
-        for index in range(SEARCHED * max(1, count)):
+        searched = SEARCHED * max(1, count)
+        for index in range(searched if self.held is None else min(searched, self.held)):
             if len(kind) == count or (index == SEARCHED and not kind):
                 return kind
             sample = self.sample(split, index)
