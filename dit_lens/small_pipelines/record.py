@@ -1,0 +1,89 @@
+"""What a small pipeline is, and what is known of it beforehand: how it guides, which expert runs, where its tokens lie.
+
+Everything that a record states is held to the pipeline's own behaviour by tests/test_small_pipelines.py, so that whatever
+finds these facts out from a pipeline can be tested against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Guidance = Literal["sequential with context", "sequential", "batched with context", "batched", "embedded"]
+"""How a step asks the denoiser for its branches.
+
+`sequential`: one call a branch. `batched`: one call for all, one after another along the batch. `embedded`: one call, with
+the guidance scale among its inputs. `with context`: the call lies inside diffusers' `cache_context`, whose name is the
+branch's own in sequential guidance and "cond_uncond" in batched guidance.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class SmallPipeline:
+    """A diffusers pipeline with random weights, and the truth about it.
+
+    Attributes:
+        name: its key in `PIPELINES`.
+        make: makes the pipeline, with weights from torch's generator; `build` gives that a seed.
+        inputs: arguments for a run of 3 steps. A generator is the caller's to add.
+        guidance: see `Guidance`. A pipeline that embeds a scale and takes a negative prompt is named by what the branches do.
+        branches: in the order in which they run, or lie in the batch.
+        prediction: what the scheduler takes the prediction to be: "flow", "epsilon" or "v_prediction".
+        sign: -1 where the pipeline negates what the denoiser returned before the scheduler gets it.
+        experts: its denoisers, by attribute, in the order in which they run.
+        schedulers: makers of schedulers that checkpoints of the pipeline ship with or that its documentation names, by
+            class; the first is the one that it is built with.
+        layout: (frames, height, width) of the visual tokens for these inputs; frames are latent frames, an image is one.
+    """
+
+    name: str
+    make: Callable[[], Any] = field(repr=False)
+    inputs: Mapping[str, Any] = field(repr=False)
+    guidance: Guidance
+    branches: tuple[str, ...]
+    prediction: str
+    schedulers: Mapping[str, Callable[[], Any]] = field(repr=False)
+    layout: tuple[int, int, int]
+    experts: tuple[str, ...] = ("transformer",)
+    sign: Literal[1, -1] = 1
+
+    def build(self, seed: int = 0) -> Any:
+        """The pipeline with weights drawn from a seed; torch's own generators stay as they were."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = self.make()
+        built.set_progress_bar_config(disable=True)
+        return built
+
+    @property
+    def batched(self) -> bool:
+        """Whether one call of the denoiser holds all branches."""
+        return self.guidance.startswith("batched")
+
+    @property
+    def contexts(self) -> tuple[str | None, ...]:
+        """The name of the `cache_context` of each call of a step, None outside of one."""
+        if self.guidance == "batched with context":
+            return ("cond_uncond",)
+        if self.guidance == "sequential with context":
+            return self.branches
+        return (None,) if self.batched else (None,) * len(self.branches)
+
+
+@torch.no_grad()
+def alive(denoiser: nn.Module, scale: float = 0.1) -> nn.Module:
+    """Draw every parameter that is all zeros, and add to every one that is all ones, in place, from torch's generator.
+
+    A gate or an output projection that starts at zero would make its block a block that does nothing; norms that all
+    start at one would let two of them be mistaken for each other.
+    """
+    for parameter in denoiser.parameters():
+        if not parameter.any():
+            parameter.normal_(std=scale)
+        elif bool((parameter == 1).all()):
+            parameter.add_(torch.randn_like(parameter), alpha=scale)
+    return denoiser.eval()

@@ -1,0 +1,124 @@
+"""Tiny tokenizers and text encoders, of the classes that pipelines come with, built without any file.
+
+One tokenizer does for all of them: a word is a token, whatever it does not know is <unk>, and a prompt ends with </s>.
+"""
+
+from __future__ import annotations
+
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaConfig,
+    GemmaModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
+
+from dit_lens.plants.parts import TEXT_DIMENSION, TEXT_LENGTH, WORDS
+
+CLIP_DIMENSION = 8
+"""Channels of a CLIP text encoder and of what it pools."""
+HEADS = 2
+LAYERS = 2
+
+PROMPTS = {"prompt": "left ball rolls", "negative_prompt": "right cube"}
+"""A prompt and a negative one, of different lengths, in words that the tokenizer knows."""
+
+
+def tokenizer(length: int = TEXT_LENGTH, ending: str = "$A </s>") -> PreTrainedTokenizerFast:
+    """A token a word, a punctuation mark, a run of line breaks or a `<|marker|>`; `length` tokens at most.
+
+    Pipelines that wrap a prompt into a template of chat drop a fixed number of tokens of it; cut like this, the template
+    has as many as it has with the tokenizer that it was written for.
+    """
+    built = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    pattern = Regex(r"<\|\w+\|>|\w+|\n+|[^\w\s]")
+    built.pre_tokenizer = Split(pattern, behavior="removed", invert=True)  # pyright: ignore[reportAttributeAccessIssue]
+    built.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=ending, special_tokens=[("</s>", WORDS.index("</s>"))]
+    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=length, padding_side="right", **special)
+
+
+def t5() -> T5EncoderModel:
+    """The encoder of a T5."""
+    sizes = {"d_model": TEXT_DIMENSION, "d_kv": 4, "d_ff": 8, "num_layers": LAYERS, "num_heads": HEADS}
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), **sizes)).eval()
+
+
+def clip_config() -> CLIPTextConfig:
+    """The sizes of a CLIP text encoder."""
+    return CLIPTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=CLIP_DIMENSION,
+        intermediate_size=16,
+        projection_dim=CLIP_DIMENSION,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=77,
+        bos_token_id=WORDS.index("<pad>"),
+        eos_token_id=WORDS.index("</s>"),
+        pad_token_id=WORDS.index("<pad>"),
+    )
+
+
+def clip() -> CLIPTextModel:
+    """A CLIP text encoder."""
+    return CLIPTextModel(clip_config()).eval()
+
+
+def projected_clip() -> CLIPTextModelWithProjection:
+    """A CLIP text encoder with a projection of what it pools."""
+    return CLIPTextModelWithProjection(clip_config()).eval()
+
+
+def sizes(layers: int = LAYERS) -> dict[str, int]:
+    """The sizes of a decoder-only language model, as its configuration names them."""
+    return {
+        "vocab_size": len(WORDS),
+        "hidden_size": TEXT_DIMENSION,
+        "intermediate_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "pad_token_id": WORDS.index("<pad>"),
+        "bos_token_id": WORDS.index("<pad>"),
+        "eos_token_id": WORDS.index("</s>"),
+    }
+
+
+def gemma() -> GemmaModel:
+    """A Gemma without its head."""
+    return GemmaModel(GemmaConfig(head_dim=TEXT_DIMENSION // HEADS, **sizes())).eval()
+
+
+def gemma2() -> Gemma2Model:
+    """A Gemma 2 without its head."""
+    return Gemma2Model(Gemma2Config(head_dim=TEXT_DIMENSION // HEADS, **sizes())).eval()
+
+
+def llama() -> LlamaModel:
+    """A Llama without its head, of three layers: HunyuanVideo reads the third state from the end."""
+    return LlamaModel(LlamaConfig(**sizes(layers=3))).eval()
+
+
+def qwen() -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen 2.5 VL; its vision tower is there and sees nothing."""
+    rotary = {"rope_type": "default", "type": "default", "mrope_section": [2, 2, 2]}
+    text = {**sizes(), "rope_scaling": rotary, "max_position_embeddings": 2048}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": TEXT_DIMENSION}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
