@@ -50,7 +50,7 @@ def pixart(kind: Any) -> Any:
     return kind(
         tokenizer=texts.tokenizer(),
         text_encoder=texts.t5(),
-        vae=vaes.images(),
+        vae=vaes.images(levels=3),
         transformer=alive(transformer),
         scheduler=schedules.epsilon_dpm(),
     )
@@ -80,7 +80,7 @@ def sana() -> SanaPipeline:
         sample_size=8,
     )
     return SanaPipeline(
-        tokenizer=texts.tokenizer(),
+        tokenizer=texts.tokenizer(length=1000),
         text_encoder=texts.gemma2(),
         vae=vaes.deep(),
         transformer=alive(transformer),
@@ -119,7 +119,7 @@ ALL = (
     SmallPipeline(
         name="pixart-alpha",
         make=pixart_alpha,
-        inputs={**INPUTS, **EXACT, "height": 8, "width": 12},
+        inputs={**INPUTS, **EXACT, "height": 16, "width": 24},
         guidance="batched",
         branches=("uncond", "cond"),
         prediction="epsilon",
@@ -129,7 +129,7 @@ ALL = (
     SmallPipeline(
         name="pixart-sigma",
         make=pixart_sigma,
-        inputs={**INPUTS, **EXACT, "height": 8, "width": 12},
+        inputs={**INPUTS, **EXACT, "height": 16, "width": 24},
         guidance="batched",
         branches=("uncond", "cond"),
         prediction="epsilon",
@@ -139,7 +139,7 @@ ALL = (
     SmallPipeline(
         name="sana",
         make=sana,
-        inputs={**INPUTS, **EXACT, "height": 8, "width": 12},
+        inputs={**INPUTS, **EXACT, "height": 64, "width": 96},
         guidance="batched",
         branches=("uncond", "cond"),
         prediction="flow",

@@ -120,7 +120,7 @@ def lumina2() -> Lumina2Pipeline:
         scheduler=schedules.lumina_flow(),
         vae=vaes.images(levels=4),
         text_encoder=texts.gemma2(),
-        tokenizer=texts.tokenizer(),
+        tokenizer=texts.tokenizer(length=64),
     )
 
 
@@ -168,7 +168,7 @@ ALL = (
     SmallPipeline(
         name="lumina-2",
         make=lumina2,
-        inputs={**INPUTS, "height": 32, "width": 48},
+        inputs={**INPUTS, "height": 32, "width": 48, "max_sequence_length": 64},
         guidance="sequential",
         branches=("cond", "uncond"),
         prediction="flow",

@@ -37,17 +37,18 @@ PROMPTS = {"prompt": "left ball rolls", "negative_prompt": "right cube"}
 """A prompt and a negative one, of different lengths, in words that the tokenizer knows."""
 
 
-def tokenizer(length: int = TEXT_LENGTH, ending: str = "$A </s>") -> PreTrainedTokenizerFast:
+def tokenizer(length: int = TEXT_LENGTH, leading: int = 0) -> PreTrainedTokenizerFast:
     """A token a word, a punctuation mark, a run of line breaks or a `<|marker|>`; `length` tokens at most.
 
-    Pipelines that wrap a prompt into a template of chat drop a fixed number of tokens of it; cut like this, the template
-    has as many as it has with the tokenizer that it was written for.
+    Pipelines that wrap a prompt into a template of a chat drop a fixed number of tokens from it. Cut like this, Qwen's
+    template has as many tokens as with its own tokenizer. Llama's has two more with its own (a first token, and a word
+    in two), which `leading` tokens make up for.
     """
     built = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     pattern = Regex(r"<\|\w+\|>|\w+|\n+|[^\w\s]")
     built.pre_tokenizer = Split(pattern, behavior="removed", invert=True)  # pyright: ignore[reportAttributeAccessIssue]
     built.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single=ending, special_tokens=[("</s>", WORDS.index("</s>"))]
+        single="</s> " * leading + "$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
     )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=length, padding_side="right", **special)

@@ -30,8 +30,8 @@ def images(levels: int = 2) -> AutoencoderKL:
 
 
 def deep() -> AutoencoderDC:
-    """Sana's: 4 x 4 pixels to a latent."""
-    layers = {"layers_per_block": (1, 1, 1), "qkv_multiscales": ((), (), ()), "block_out_channels": (8, 8, 8)}
+    """Sana's: 32 x 32 pixels to a latent."""
+    layers = {"layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6, "block_out_channels": (8,) * 6}
     sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in layers.items()}
     return AutoencoderDC(latent_channels=CHANNELS, attention_head_dim=2, **sides).eval()
 

@@ -45,7 +45,7 @@ def hunyuan() -> HunyuanVideoPipeline:
     )
     return HunyuanVideoPipeline(
         text_encoder=texts.llama(),
-        tokenizer=texts.tokenizer(),
+        tokenizer=texts.tokenizer(leading=2),
         transformer=alive(transformer),
         vae=vaes.hunyuan(),
         scheduler=schedules.sharp_flow(),

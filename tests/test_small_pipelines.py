@@ -1,0 +1,234 @@
+"""Everything that the record of a small pipeline states, seen in the pipeline itself."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from stamps import Watched, watched
+from torch import Tensor, nn
+
+from dit_lens.errors import InputError
+from dit_lens.small_pipelines import PIPELINES, SmallPipeline, pipeline
+from dit_lens.small_pipelines.wan import BOUNDARY
+
+every = pytest.mark.parametrize("small", PIPELINES.values(), ids=list(PIPELINES))
+
+
+@cache
+def plain(name: str) -> Watched:
+    """A run with the record's own inputs."""
+    return watched(PIPELINES[name], pipeline(name))
+
+
+def changed(small: SmallPipeline, **changes: Any) -> set[str]:
+    """The branches whose first answer differs when some of the inputs do."""
+    before, after = plain(small.name).answers(small), watched(small, pipeline(small.name), **changes).answers(small)
+    return {branch for branch in small.branches if not torch.equal(before[branch], after[branch])}
+
+
+def stacks(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of blocks: the outermost module lists that hold more than a tenth of the parameters."""
+    whole = sum(weight.numel() for weight in denoiser.parameters())
+    lists = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)}
+    return {
+        name: found
+        for name, found in lists.items()
+        if not any(name.startswith(f"{outer}.") for outer in lists) and sum(w.numel() for w in found.parameters()) > whole / 10
+    }
+
+
+@every
+def test_a_step_is_as_many_calls_as_the_record_says_in_its_contexts(small: SmallPipeline) -> None:
+    seen = plain(small.name)
+    assert len(seen.steps) == small.inputs["num_inference_steps"]
+    for step in seen.steps:
+        assert tuple(call.context for call in step) == small.contexts
+        assert {len(call.latents) for call in step} == {len(small.branches) if small.batched else 1}
+        assert len({call.expert for call in step}) == 1
+        assert len({call.arguments["timestep"].unique().tolist()[-1] for call in step}) == 1
+
+
+@every
+def test_a_prompt_reaches_its_own_branch_and_no_other(small: SmallPipeline) -> None:
+    if small.name == "dit":
+        assert changed(small, class_labels=[8]) == {"cond"}
+        labels = plain("dit").calls[0].arguments["class_labels"].tolist()
+        assert dict(zip(small.branches, labels, strict=True)) == {"cond": 7, "uncond": 1000}
+        return
+    assert changed(small, prompt="left cube rolls") == {"cond"}
+    if "uncond" in small.branches:
+        assert changed(small, negative_prompt="left cube") == {"uncond"}
+
+
+@every
+def test_only_an_embedded_guidance_scale_reaches_the_denoiser(small: SmallPipeline) -> None:
+    embeds = small.name.startswith(("flux", "hunyuan"))
+    assert embeds or small.guidance != "embedded"
+    if "guidance" in small.inputs or small.inputs["guidance_scale"]:
+        assert changed(small, guidance_scale=5.0) == (set(small.branches) if embeds else set())
+
+
+@every
+def test_the_scheduler_receives_the_guided_prediction_with_its_sign(small: SmallPipeline) -> None:
+    seen = plain(small.name)
+    scale = small.inputs.get("true_cfg_scale", small.inputs["guidance_scale"])
+    for step, (received, _) in enumerate(seen.received):
+        answers = seen.answers(small, step)
+        guided = answers["cond"]
+        if "uncond" in answers:
+            guided = answers["uncond"] + scale * (answers["cond"] - answers["uncond"])
+        guided = small.sign * guided
+        if small.name in ("pixart-alpha", "pixart-sigma", "dit", "lumina"):
+            guided = guided.chunk(2, dim=1)[0]  # the other half is a variance, which no scheduler here takes
+        if small.name == "dit":
+            received, other = received.chunk(2)
+            assert torch.equal(received, other)
+        if small.name == "lumina":
+            assert torch.equal(received[:, 3:], -answers["cond"][:, 3:4])  # it guides three of its channels
+            received, guided = received[:, :3], guided[:, :3]
+        if small.name in ("qwen-image", "lumina-2"):  # these scale it to the norm of the one under the prompt
+            received, guided = nn.functional.normalize(received, dim=-1), nn.functional.normalize(guided, dim=-1)
+        torch.testing.assert_close(received, guided, rtol=1e-4, atol=1e-5)
+
+
+@every
+def test_each_expert_runs_where_the_boundary_says(small: SmallPipeline) -> None:
+    seen = plain(small.name)
+    ran = [step[0].expert for step in seen.steps]
+    assert tuple(dict.fromkeys(ran)) == small.experts
+    if len(small.experts) == 2:
+        assert ran == ["transformer" if timestep >= BOUNDARY * 1000 else "transformer_2" for _, timestep in seen.received]
+
+
+def test_the_5b_form_gives_every_token_its_timestep_and_none_to_the_image() -> None:
+    for name in ("wan-5b", "wan-5b-image"):
+        frames, height, width = PIPELINES[name].layout
+        for call, (_, timestep) in zip(plain(name).calls[::2], plain(name).received, strict=True):
+            levels = call.arguments["timestep"].reshape(frames, height, width)
+            assert (levels[1:] == timestep).all()
+            assert (levels[0] == (0 if name == "wan-5b-image" else timestep)).all()
+
+
+def visual_tokens(denoiser: nn.Module, arguments: dict[str, Any], count: int) -> Tensor:
+    """What the first block to see that many tokens takes, (batch, tokens, channels)."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.extend(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == count)
+
+    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for stack in stacks(denoiser).values() for b in stack]
+    with torch.no_grad():
+        denoiser(**arguments)
+    for handle in handles:
+        handle.remove()
+    return found[0]
+
+
+@every
+def test_visual_tokens_lie_as_the_layout_says(small: SmallPipeline) -> None:
+    """Noise in one patch of the latents reaches one token, whose number is that of its place in the layout."""
+    denoiser = pipeline(small.name).transformer
+    arguments = dict(plain(small.name).calls[0].arguments)
+    frames, height, width = small.layout
+    latents = arguments["hidden_states"]
+    before = visual_tokens(denoiser, arguments, frames * height * width)
+    if latents.ndim == 3:  # packed by the pipeline, which says how in further arguments
+        assert latents.shape[1] == frames * height * width
+        if "img_ids" in arguments:
+            places = [[0, y, x] for y in range(height) for x in range(width)]
+            assert arguments["img_ids"].tolist() == places
+        elif "img_shapes" in arguments:
+            assert arguments["img_shapes"] == [[small.layout]]
+        else:
+            assert (arguments["num_frames"], arguments["height"], arguments["width"]) == small.layout
+        return
+    patch = denoiser.config.patch_size
+    patch = patch[-1] if isinstance(patch, tuple | list) else patch
+    volume = latents if latents.ndim == 5 else latents[:, :, None]
+    volume = volume.transpose(1, 2) if small.name == "cogvideox" else volume  # (batch, frames, channels, ...) there
+    assert volume.shape[2:] == (frames, patch * height, patch * width)
+    for frame, row, column in {(0, 0, 1), (frames - 1, 1, 0), (frames - 1, height - 1, width - 1)}:
+        other = latents.clone()
+        view = other if other.ndim == 5 else other[:, :, None]
+        view = view.transpose(1, 2) if small.name == "cogvideox" else view
+        view[:, :, frame, row * patch + patch - 1, column * patch] += 1
+        after = visual_tokens(denoiser, {**arguments, "hidden_states": other}, frames * height * width)
+        moved = (before != after).any(dim=(0, 2)).nonzero().flatten().tolist()
+        assert moved == [(frame * height + row) * width + column]
+
+
+@every
+def test_every_block_is_alive(small: SmallPipeline) -> None:
+    """The answer depends on every block: each has a gradient, and no parameter is all zeros or all ones."""
+    pipe = pipeline(small.name)
+    for expert in small.experts:
+        denoiser = getattr(pipe, expert)
+        call = next(call for call in plain(small.name).calls if call.expert == expert)
+        output = denoiser(**call.arguments)
+        output = output[0] if isinstance(output, tuple) else output.sample
+        (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        assert stacks(denoiser)
+        for name, stack in stacks(denoiser).items():
+            for index, block in enumerate(stack):
+                reached = [weight.grad is not None and bool(weight.grad.any()) for weight in block.parameters()]
+                assert sum(reached) > len(reached) / 2, (name, index)
+        for name, weight in denoiser.named_parameters():
+            assert weight.any() and not (weight == 1).all(), name
+
+
+@every
+def test_a_run_can_be_repeated_to_the_bit(small: SmallPipeline) -> None:
+    pipe = pipeline(small.name)
+    results = [pipe(**small.inputs, generator=torch.Generator().manual_seed(0), return_dict=False)[0] for _ in range(2)]
+    first, again = (torch.as_tensor(result) for result in results)
+    assert first.isfinite().all() and first.std() > 0
+    assert torch.equal(first, again)
+    assert torch.equal(first, plain(small.name).result), "another pipeline of the same seed, and watched"
+
+
+@every
+def test_the_seed_alone_draws_the_weights(small: SmallPipeline) -> None:
+    state = torch.random.get_rng_state()
+    built = [pipeline(small.name, seed).transformer.state_dict() for seed in (3, 4)]
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert any(not torch.equal(built[0][name], built[1][name]) for name in built[0])
+    torch.manual_seed(5)
+    again = small.build(3).transformer.state_dict()
+    assert all(torch.equal(built[0][name], again[name]) for name in again)
+
+
+SCHEDULERS = [(small, name) for small in PIPELINES.values() for name in small.schedulers]
+
+
+@pytest.mark.parametrize(("small", "name"), SCHEDULERS, ids=[f"{small.name}-{name}" for small, name in SCHEDULERS])
+def test_every_scheduler_runs_and_takes_the_prediction_as_stated(small: SmallPipeline, name: str) -> None:
+    pipe = pipeline(small.name)
+    if name == next(iter(small.schedulers)):
+        assert pipe.scheduler.config == small.schedulers[name]().config
+    pipe.scheduler = small.schedulers[name]()
+    assert type(pipe.scheduler).__name__ == name
+    stated = {"flow": "flow_prediction"}.get(small.prediction, small.prediction)
+    assert name.startswith("FlowMatch") or pipe.scheduler.config.prediction_type == stated
+    assert small.prediction == "flow" or not name.startswith("FlowMatch")
+    seen = watched(small, pipe)
+    assert seen.result.isfinite().all()
+    assert len(seen.received) == 3
+    assert {len(step) for step in seen.steps} == {len(small.contexts)}
+
+
+@every
+def test_a_result_can_be_decoded(small: SmallPipeline) -> None:
+    inputs = {**small.inputs, "output_type": "np"}
+    shown = torch.as_tensor(pipeline(small.name)(**inputs, generator=torch.Generator().manual_seed(0), return_dict=False)[0])
+    frames, height, width = (small.inputs.get(name) for name in ("num_frames", "height", "width"))
+    sizes = ((frames,) if frames else ()) + ((height, width) if height else (8, 8))
+    assert shown.shape == (1, *sizes, 3)
+    assert shown.isfinite().all()
+
+
+def test_a_name_that_is_none_is_refused_with_those_that_are() -> None:
+    with pytest.raises(InputError, match="no small pipeline is called 'wann'; there are wan, "):
+        pipeline("wann")
