@@ -14,6 +14,11 @@ from dit_lens.errors import InputError
 from dit_lens.small_pipelines import PIPELINES, SmallPipeline, pipeline
 from dit_lens.small_pipelines.wan import BOUNDARY
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi asks for float32 there
+]
+
 every = pytest.mark.parametrize("small", PIPELINES.values(), ids=list(PIPELINES))
 
 
@@ -44,9 +49,9 @@ def stacks(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
 def test_a_step_is_as_many_calls_as_the_record_says_in_its_contexts(small: SmallPipeline) -> None:
     seen = plain(small.name)
     assert len(seen.steps) == small.inputs["num_inference_steps"]
-    for step in seen.steps:
-        assert tuple(call.context for call in step) == small.contexts
-        assert {len(call.latents) for call in step} == {len(small.branches) if small.batched else 1}
+    for number, step in enumerate(seen.steps):
+        assert tuple(call.context for call in step) == small.contexts(number)
+        assert [len(call.latents) for call in step] == [len(branches) for branches in small.calls(number)]
         assert len({call.expert for call in step}) == 1
         assert len({call.arguments["timestep"].unique().tolist()[-1] for call in step}) == 1
 
@@ -66,7 +71,7 @@ def test_a_prompt_reaches_its_own_branch_and_no_other(small: SmallPipeline) -> N
 @every
 def test_only_an_embedded_guidance_scale_reaches_the_denoiser(small: SmallPipeline) -> None:
     embeds = small.name.startswith(("flux", "hunyuan"))
-    assert embeds or small.guidance != "embedded"
+    assert embeds or not small.guidance.startswith("embedded")
     if "guidance" in small.inputs or small.inputs["guidance_scale"]:
         assert changed(small, guidance_scale=5.0) == (set(small.branches) if embeds else set())
 
@@ -80,6 +85,8 @@ def test_the_scheduler_receives_the_guided_prediction_with_its_sign(small: Small
         guided = answers["cond"]
         if "uncond" in answers:
             guided = answers["uncond"] + scale * (answers["cond"] - answers["uncond"])
+        if "skip-layers" in answers:
+            guided = guided + 2.8 * (answers["cond"] - answers["skip-layers"])  # the pipeline's own scale
         guided = small.sign * guided
         if small.name in ("pixart-alpha", "pixart-sigma", "dit", "lumina"):
             guided = guided.chunk(2, dim=1)[0]  # the other half is a variance, which no scheduler here takes
@@ -89,7 +96,11 @@ def test_the_scheduler_receives_the_guided_prediction_with_its_sign(small: Small
         if small.name == "lumina":
             assert torch.equal(received[:, 3:], -answers["cond"][:, 3:4])  # it guides three of its channels
             received, guided = received[:, :3], guided[:, :3]
-        if small.name in ("qwen-image", "lumina-2"):  # these scale it to the norm of the one under the prompt
+        if small.name in (
+            "qwen-image",
+            "lumina-2",
+            "lumina-2-truncated",
+        ):  # these scale it to the norm of the one under the prompt
             received, guided = nn.functional.normalize(received, dim=-1), nn.functional.normalize(guided, dim=-1)
         torch.testing.assert_close(received, guided, rtol=1e-4, atol=1e-5)
 
@@ -110,6 +121,14 @@ def test_the_5b_form_gives_every_token_its_timestep_and_none_to_the_image() -> N
             levels = call.arguments["timestep"].reshape(frames, height, width)
             assert (levels[1:] == timestep).all()
             assert (levels[0] == (0 if name == "wan-5b-image" else timestep)).all()
+
+
+def test_the_call_that_skips_layers_has_the_prompt() -> None:
+    both, alone = plain("stable-diffusion-3-skip-layers").steps[1]
+    assert alone.arguments["skip_layers"] == [1]
+    for name in ("encoder_hidden_states", "pooled_projections", "hidden_states"):
+        assert torch.equal(both.arguments[name][1:], alone.arguments[name])
+    assert not torch.equal(both.output[1:], alone.output)
 
 
 def visual_tokens(denoiser: nn.Module, arguments: dict[str, Any], count: int) -> Tensor:
@@ -216,7 +235,19 @@ def test_every_scheduler_runs_and_takes_the_prediction_as_stated(small: SmallPip
     seen = watched(small, pipe)
     assert seen.result.isfinite().all()
     assert len(seen.received) == 3
-    assert {len(step) for step in seen.steps} == {len(small.contexts)}
+    assert [len(step) for step in seen.steps] == [len(small.calls(number)) for number in range(3)]
+
+
+@pytest.mark.parametrize(("small", "name"), SCHEDULERS, ids=[f"{small.name}-{name}" for small, name in SCHEDULERS])
+def test_a_denoiser_that_knows_the_answer_is_led_to_it(small: SmallPipeline, name: str) -> None:
+    """What the record says of prediction and sign is what the scheduler takes them to be: the last sample is the answer."""
+    pipe = pipeline(small.name)
+    pipe.scheduler = small.schedulers[name]()
+    target = torch.randn(plain(small.name).made[0].shape[1:], generator=torch.Generator().manual_seed(2))
+    reached = watched(small, pipe, target).made[-1]
+    if small.name == "wan-5b-image":  # its denoiser is shown the image in the place of the first frame, which it cannot move
+        reached, target = reached[:, :, 1:], target[:, 1:]
+    torch.testing.assert_close(reached, target.expand_as(reached), rtol=1e-3, atol=1e-3)
 
 
 @every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
@@ -100,6 +101,7 @@ def lumina() -> LuminaPipeline:
         multiple_of=16,
         cross_attention_dim=TEXT_DIMENSION,
     )
+    torch.nn.init.normal_(transformer.pad_token)  # used by nothing, and diffusers leaves it as the memory was
     return LuminaPipeline(
         transformer=alive(transformer),
         scheduler=schedules.lumina_flow(),

@@ -13,13 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Guidance = Literal["sequential with context", "sequential", "batched with context", "batched", "embedded"]
+Guidance = Literal["sequential with context", "sequential", "batched with context", "batched", "embedded with context"]
 """How a step asks the denoiser for its branches.
 
-`sequential`: one call a branch. `batched`: one call for all, one after another along the batch. `embedded`: one call, with
-the guidance scale among its inputs. `with context`: the call lies inside diffusers' `cache_context`, whose name is the
-branch's own in sequential guidance and "cond_uncond" in batched guidance.
+`sequential`: one call a branch. `batched`: one call for all, one after another along the batch. `embedded`: one call and one
+branch, with the guidance scale among its inputs. `with context`: the call lies inside diffusers' `cache_context`, whose
+name is "cond_uncond" in batched guidance and the branch's own otherwise.
 """
+
+Calls = tuple[tuple[str, ...], ...]
+"""Calls of a denoiser, each as the branches that lie along its batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +33,14 @@ class SmallPipeline:
         name: its key in `PIPELINES`.
         make: makes the pipeline, with weights from torch's generator; `build` gives that a seed.
         inputs: arguments for a run of 3 steps. A generator is the caller's to add.
-        guidance: see `Guidance`. A pipeline that embeds a scale and takes a negative prompt is named by what the branches do.
+        guidance: see `Guidance`. One that embeds a scale and takes a negative prompt too is named by what its branches do.
         branches: in the order in which they run, or lie in the batch.
         prediction: what the scheduler takes the prediction to be: "flow", "epsilon" or "v_prediction".
-        sign: -1 where the pipeline negates what the denoiser returned before the scheduler gets it.
+        sign: -1 where the pipeline negates what the denoiser returned before the scheduler receives it.
         experts: its denoisers, by attribute, in the order in which they run.
         schedulers: makers of schedulers that checkpoints of the pipeline ship with or that its documentation names, by
             class; the first is the one that it is built with.
+        irregular: the steps whose calls are others than guidance and branches say, and those calls (see `calls`).
         layout: (frames, height, width) of the visual tokens for these inputs; frames are latent frames, an image is one.
     """
 
@@ -50,6 +54,7 @@ class SmallPipeline:
     layout: tuple[int, int, int]
     experts: tuple[str, ...] = ("transformer",)
     sign: Literal[1, -1] = 1
+    irregular: Mapping[int, Calls] = field(default_factory=dict)
 
     def build(self, seed: int = 0) -> Any:
         """The pipeline with weights drawn from a seed; torch's own generators stay as they were."""
@@ -64,14 +69,16 @@ class SmallPipeline:
         """Whether one call of the denoiser holds all branches."""
         return self.guidance.startswith("batched")
 
-    @property
-    def contexts(self) -> tuple[str | None, ...]:
+    def calls(self, step: int) -> Calls:
+        """The calls of a step in order, each as its branches along the batch."""
+        usual = (self.branches,) if self.batched else tuple((branch,) for branch in self.branches)
+        return self.irregular.get(step, usual)
+
+    def contexts(self, step: int) -> tuple[str | None, ...]:
         """The name of the `cache_context` of each call of a step, None outside of one."""
-        if self.guidance == "batched with context":
-            return ("cond_uncond",)
-        if self.guidance == "sequential with context":
-            return self.branches
-        return (None,) if self.batched else (None,) * len(self.branches)
+        if not self.guidance.endswith("with context"):
+            return (None,) * len(self.calls(step))
+        return tuple("_".join(sorted(branches)) for branches in self.calls(step))
 
 
 @torch.no_grad()
