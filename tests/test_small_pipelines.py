@@ -71,8 +71,8 @@ def test_a_prompt_reaches_its_own_branch_and_no_other(small: SmallPipeline) -> N
 @every
 def test_only_an_embedded_guidance_scale_reaches_the_denoiser(small: SmallPipeline) -> None:
     embeds = small.name.startswith(("flux", "hunyuan"))
-    assert embeds or not small.guidance.startswith("embedded")
-    if "guidance" in small.inputs or small.inputs["guidance_scale"]:
+    assert small.guidance.startswith("embedded") == (embeds and small.branches == ("cond",))
+    if small.name != "qwen-image":  # takes a scale for checkpoints that embed it, and there are none
         assert changed(small, guidance_scale=5.0) == (set(small.branches) if embeds else set())
 
 
@@ -195,7 +195,7 @@ def test_every_block_is_alive(small: SmallPipeline) -> None:
                 reached = [weight.grad is not None and bool(weight.grad.any()) for weight in block.parameters()]
                 assert sum(reached) > len(reached) / 2, (name, index)
         for name, weight in denoiser.named_parameters():
-            assert weight.any() and not (weight == 1).all(), name
+            assert weight.std() > 0 or weight.numel() == 1, name
 
 
 @every
@@ -203,7 +203,8 @@ def test_a_run_can_be_repeated_to_the_bit(small: SmallPipeline) -> None:
     pipe = pipeline(small.name)
     results = [pipe(**small.inputs, generator=torch.Generator().manual_seed(0), return_dict=False)[0] for _ in range(2)]
     first, again = (torch.as_tensor(result) for result in results)
-    assert first.isfinite().all() and first.std() > 0
+    assert first.isfinite().all()
+    assert first.std() > 0
     assert torch.equal(first, again)
     assert torch.equal(first, plain(small.name).result), "another pipeline of the same seed, and watched"
 

@@ -19,7 +19,8 @@ from diffusers import (
 
 from dit_lens.plants.parts import TEXT_DIMENSION, TEXT_LENGTH
 from dit_lens.small_pipelines import schedules, texts, vaes
-from dit_lens.small_pipelines.record import SmallPipeline, alive
+from dit_lens.small_pipelines.making import alive, made
+from dit_lens.small_pipelines.record import SmallPipeline
 from dit_lens.small_pipelines.vaes import CHANNELS
 
 INPUTS = {
@@ -38,7 +39,8 @@ EXACT = {"use_resolution_binning": False}
 
 def pixart(kind: Any) -> Any:
     """The text crosses into every block; the output holds a variance too."""
-    transformer = PixArtTransformer2DModel(
+    transformer = alive(
+        PixArtTransformer2DModel,
         **HEADS,
         in_channels=CHANNELS,
         out_channels=2 * CHANNELS,
@@ -48,11 +50,12 @@ def pixart(kind: Any) -> Any:
         caption_channels=TEXT_DIMENSION,
         use_additional_conditions=False,
     )
-    return kind(
+    return made(
+        kind,
         tokenizer=texts.tokenizer(),
         text_encoder=texts.t5(),
         vae=vaes.images(levels=3),
-        transformer=alive(transformer),
+        transformer=transformer,
         scheduler=schedules.epsilon_dpm(),
     )
 
@@ -69,7 +72,8 @@ def pixart_sigma() -> PixArtSigmaPipeline:
 
 def sana() -> SanaPipeline:
     """Linear attention on the image, ordinary cross-attention to the text; a token a latent."""
-    transformer = SanaTransformer2DModel(
+    transformer = alive(
+        SanaTransformer2DModel,
         **HEADS,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -80,18 +84,20 @@ def sana() -> SanaPipeline:
         caption_channels=TEXT_DIMENSION,
         sample_size=8,
     )
-    return SanaPipeline(
+    return made(
+        SanaPipeline,
         tokenizer=texts.tokenizer(length=1000),
         text_encoder=texts.gemma2(),
         vae=vaes.deep(),
-        transformer=alive(transformer),
+        transformer=transformer,
         scheduler=schedules.flow_dpm(),
     )
 
 
 def lumina() -> LuminaPipeline:
     """Attention to the image and, through a gate, to the text; the output holds a variance too."""
-    transformer = LuminaNextDiT2DModel(
+    transformer = alive(
+        LuminaNextDiT2DModel,
         sample_size=8,
         in_channels=CHANNELS,
         hidden_size=32,
@@ -102,8 +108,9 @@ def lumina() -> LuminaPipeline:
         cross_attention_dim=TEXT_DIMENSION,
     )
     torch.nn.init.normal_(transformer.pad_token)  # used by nothing, and diffusers leaves it as the memory was
-    return LuminaPipeline(
-        transformer=alive(transformer),
+    return made(
+        LuminaPipeline,
+        transformer=transformer,
         scheduler=schedules.lumina_flow(),
         vae=vaes.images(levels=4),
         text_encoder=texts.gemma(),
@@ -113,8 +120,10 @@ def lumina() -> LuminaPipeline:
 
 def dit() -> DiTPipeline:
     """A class in place of a text; square, and the output holds a variance too."""
-    transformer = DiTTransformer2DModel(**HEADS, in_channels=CHANNELS, out_channels=2 * CHANNELS, num_layers=2, sample_size=4)
-    return DiTPipeline(transformer=alive(transformer), vae=vaes.images(), scheduler=schedules.epsilon_ddim())
+    transformer = alive(
+        DiTTransformer2DModel, **HEADS, in_channels=CHANNELS, out_channels=2 * CHANNELS, num_layers=2, sample_size=4
+    )
+    return made(DiTPipeline, transformer=transformer, vae=vaes.images(), scheduler=schedules.epsilon_ddim())
 
 
 ALL = (

@@ -15,7 +15,8 @@ from diffusers import (
 
 from dit_lens.plants.parts import TEXT_DIMENSION, TEXT_LENGTH
 from dit_lens.small_pipelines import schedules, texts, vaes
-from dit_lens.small_pipelines.record import SmallPipeline, alive
+from dit_lens.small_pipelines.making import alive, made
+from dit_lens.small_pipelines.record import SmallPipeline
 from dit_lens.small_pipelines.vaes import CHANNELS
 
 INPUTS = {
@@ -32,7 +33,8 @@ ROTARY = (4, 6, 6)
 
 def flux() -> FluxPipeline:
     """Double blocks, then single ones; the scale of the guidance is embedded."""
-    transformer = FluxTransformer2DModel(
+    transformer = alive(
+        FluxTransformer2DModel,
         **HEADS,
         in_channels=4 * CHANNELS,
         num_layers=2,
@@ -42,20 +44,22 @@ def flux() -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=ROTARY,
     )
-    return FluxPipeline(
+    return made(
+        FluxPipeline,
         scheduler=schedules.sized_flow(),
         vae=vaes.images(),
         text_encoder=texts.clip(),
         tokenizer=texts.tokenizer(),
         text_encoder_2=texts.t5(),
         tokenizer_2=texts.tokenizer(),
-        transformer=alive(transformer),
+        transformer=transformer,
     )
 
 
 def stable_diffusion_3() -> StableDiffusion3Pipeline:
     """Three text encoders; the first block has a second attention, of the image alone."""
-    transformer = SD3Transformer2DModel(
+    transformer = alive(
+        SD3Transformer2DModel,
         **HEADS,
         sample_size=16,
         in_channels=CHANNELS,
@@ -68,8 +72,9 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    return StableDiffusion3Pipeline(
-        transformer=alive(transformer),
+    return made(
+        StableDiffusion3Pipeline,
+        transformer=transformer,
         scheduler=schedules.shifted_flow(),
         vae=vaes.images(),
         text_encoder=texts.projected_clip(),
@@ -83,7 +88,8 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
 
 def qwen_image() -> QwenImagePipeline:
     """Double blocks only; the prompts are not padded, so that the branches differ in length."""
-    transformer = QwenImageTransformer2DModel(
+    transformer = alive(
+        QwenImageTransformer2DModel,
         **HEADS,
         in_channels=4 * CHANNELS,
         out_channels=CHANNELS,
@@ -91,18 +97,20 @@ def qwen_image() -> QwenImagePipeline:
         joint_attention_dim=TEXT_DIMENSION,
         axes_dims_rope=ROTARY,
     )
-    return QwenImagePipeline(
+    return made(
+        QwenImagePipeline,
         scheduler=schedules.ltx_flow(),
         vae=vaes.qwen(),
         text_encoder=texts.qwen(),
         tokenizer=texts.tokenizer(),
-        transformer=alive(transformer),
+        transformer=transformer,
     )
 
 
 def lumina2() -> Lumina2Pipeline:
     """Text and image are refined apart, then lie in one sequence; the timestep runs from 0, the noise, to 1."""
-    transformer = Lumina2Transformer2DModel(
+    transformer = alive(
+        Lumina2Transformer2DModel,
         sample_size=8,
         in_channels=CHANNELS,
         hidden_size=32,
@@ -115,8 +123,9 @@ def lumina2() -> Lumina2Pipeline:
         axes_lens=(64, 8, 8),
         cap_feat_dim=TEXT_DIMENSION,
     )
-    return Lumina2Pipeline(
-        transformer=alive(transformer),
+    return made(
+        Lumina2Pipeline,
+        transformer=transformer,
         scheduler=schedules.lumina_flow(),
         vae=vaes.images(levels=4),
         text_encoder=texts.gemma2(),

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 Guidance = Literal["sequential with context", "sequential", "batched with context", "batched", "embedded with context"]
 """How a step asks the denoiser for its branches.
@@ -79,18 +78,3 @@ class SmallPipeline:
         if not self.guidance.endswith("with context"):
             return (None,) * len(self.calls(step))
         return tuple("_".join(sorted(branches)) for branches in self.calls(step))
-
-
-@torch.no_grad()
-def alive(denoiser: nn.Module, scale: float = 0.1) -> nn.Module:
-    """Draw every parameter that is all zeros, and add to every one that is all ones, in place, from torch's generator.
-
-    A gate or an output projection that starts at zero would make its block a block that does nothing; norms that all
-    start at one would let two of them be mistaken for each other.
-    """
-    for parameter in denoiser.parameters():
-        if not parameter.any():
-            parameter.normal_(std=scale)
-        elif bool((parameter == 1).all()):
-            parameter.add_(torch.randn_like(parameter), alpha=scale)
-    return denoiser.eval()

@@ -5,6 +5,8 @@ One tokenizer does for all of them: a word is a token, whatever it does not know
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from dit_lens.plants.parts import TEXT_DIMENSION, TEXT_LENGTH, WORDS
+from dit_lens.small_pipelines.making import made
 
 CLIP_DIMENSION = 8
 """Channels of a CLIP text encoder and of what it pools."""
@@ -56,8 +59,8 @@ def tokenizer(length: int = TEXT_LENGTH, leading: int = 0) -> PreTrainedTokenize
 
 def t5() -> T5EncoderModel:
     """The encoder of a T5."""
-    sizes = {"d_model": TEXT_DIMENSION, "d_kv": 4, "d_ff": 8, "num_layers": LAYERS, "num_heads": HEADS}
-    return T5EncoderModel(T5Config(vocab_size=len(WORDS), **sizes)).eval()
+    small: dict[str, Any] = {"d_model": TEXT_DIMENSION, "d_kv": 4, "d_ff": 8, "num_layers": LAYERS, "num_heads": HEADS}
+    return made(T5EncoderModel, config=T5Config(vocab_size=len(WORDS), **small))
 
 
 def clip_config() -> CLIPTextConfig:
@@ -78,15 +81,15 @@ def clip_config() -> CLIPTextConfig:
 
 def clip() -> CLIPTextModel:
     """A CLIP text encoder."""
-    return CLIPTextModel(clip_config()).eval()
+    return made(CLIPTextModel, config=clip_config())
 
 
 def projected_clip() -> CLIPTextModelWithProjection:
     """A CLIP text encoder with a projection of what it pools."""
-    return CLIPTextModelWithProjection(clip_config()).eval()
+    return made(CLIPTextModelWithProjection, config=clip_config())
 
 
-def sizes(layers: int = LAYERS) -> dict[str, int]:
+def sizes(layers: int = LAYERS) -> dict[str, Any]:
     """The sizes of a decoder-only language model, as its configuration names them."""
     return {
         "vocab_size": len(WORDS),
@@ -103,17 +106,17 @@ def sizes(layers: int = LAYERS) -> dict[str, int]:
 
 def gemma() -> GemmaModel:
     """A Gemma without its head."""
-    return GemmaModel(GemmaConfig(head_dim=TEXT_DIMENSION // HEADS, **sizes())).eval()
+    return made(GemmaModel, config=GemmaConfig(head_dim=TEXT_DIMENSION // HEADS, **sizes()))
 
 
 def gemma2() -> Gemma2Model:
     """A Gemma 2 without its head."""
-    return Gemma2Model(Gemma2Config(head_dim=TEXT_DIMENSION // HEADS, **sizes())).eval()
+    return made(Gemma2Model, config=Gemma2Config(head_dim=TEXT_DIMENSION // HEADS, **sizes()))
 
 
 def llama() -> LlamaModel:
     """A Llama without its head, of three layers: HunyuanVideo reads the third state from the end."""
-    return LlamaModel(LlamaConfig(**sizes(layers=3))).eval()
+    return made(LlamaModel, config=LlamaConfig(**sizes(layers=3)))
 
 
 def qwen() -> Qwen2_5_VLForConditionalGeneration:
@@ -121,5 +124,5 @@ def qwen() -> Qwen2_5_VLForConditionalGeneration:
     rotary = {"rope_type": "default", "type": "default", "mrope_section": [2, 2, 2]}
     text = {**sizes(), "rope_scaling": rotary, "max_position_embeddings": 2048}
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": TEXT_DIMENSION}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
+    config = made(Qwen2_5_VLConfig, text_config=text, vision_config=vision)
+    return made(Qwen2_5_VLForConditionalGeneration, config=config)

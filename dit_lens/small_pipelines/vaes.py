@@ -12,13 +12,16 @@ from diffusers import (
     AutoencoderKLQwenImage,
 )
 
+from dit_lens.small_pipelines.making import made
+
 CHANNELS = 4
 """Channels of a latent, where nothing fixes them."""
 
 
 def images(levels: int = 2) -> AutoencoderKL:
     """The VAE of most image models: 2 ** (levels - 1) pixels to a latent."""
-    return AutoencoderKL(
+    return made(
+        AutoencoderKL,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(8,) * levels,
@@ -26,19 +29,20 @@ def images(levels: int = 2) -> AutoencoderKL:
         norm_num_groups=2,
         scaling_factor=1.5,
         shift_factor=0.1,
-    ).eval()
+    )
 
 
 def deep() -> AutoencoderDC:
     """Sana's: 32 x 32 pixels to a latent."""
     layers = {"layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6, "block_out_channels": (8,) * 6}
     sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in layers.items()}
-    return AutoencoderDC(latent_channels=CHANNELS, attention_head_dim=2, **sides).eval()
+    return made(AutoencoderDC, latent_channels=CHANNELS, attention_head_dim=2, **sides)
 
 
 def qwen() -> AutoencoderKLQwenImage:
     """Qwen-Image's: 4 x 4 pixels to a latent."""
-    return AutoencoderKLQwenImage(
+    return made(
+        AutoencoderKLQwenImage,
         base_dim=4,
         z_dim=CHANNELS,
         dim_mult=[1, 1, 1],
@@ -46,38 +50,44 @@ def qwen() -> AutoencoderKLQwenImage:
         temperal_downsample=[False, True],
         latents_mean=[0.1, -0.2, 0.0, 0.3],
         latents_std=[1.5, 0.7, 1.0, 2.0],
-    ).eval()
+    )
 
 
 def hunyuan() -> AutoencoderKLHunyuanVideo:
     """HunyuanVideo's: 8 x 8 pixels and 4 frames to a latent."""
-    return AutoencoderKLHunyuanVideo(
-        latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
-    ).eval()
+    return made(
+        AutoencoderKLHunyuanVideo,
+        latent_channels=CHANNELS,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
 
 
 def cogvideox() -> AutoencoderKLCogVideoX:
     """CogVideoX's: 8 x 8 pixels and 4 frames to a latent."""
-    return AutoencoderKLCogVideoX(
-        latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
-    ).eval()
+    return made(
+        AutoencoderKLCogVideoX, latent_channels=CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+    )
 
 
 def ltx() -> AutoencoderKLLTXVideo:
     """LTX's: 32 x 32 pixels and 8 frames to a latent."""
-    return AutoencoderKLLTXVideo(
+    return made(
+        AutoencoderKLLTXVideo,
         latent_channels=CHANNELS,
         block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
-    ).eval()
+    )
 
 
 def mochi() -> AutoencoderKLMochi:
     """Mochi's: 8 x 8 pixels and 6 frames to a latent, of 12 channels."""
-    return AutoencoderKLMochi(
+    return made(
+        AutoencoderKLMochi,
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1),
-    ).eval()
+    )

@@ -15,7 +15,8 @@ from diffusers import (
 
 from dit_lens.plants.parts import TEXT_DIMENSION, TEXT_LENGTH
 from dit_lens.small_pipelines import schedules, texts, vaes
-from dit_lens.small_pipelines.record import SmallPipeline, alive
+from dit_lens.small_pipelines.making import alive, made
+from dit_lens.small_pipelines.record import SmallPipeline
 from dit_lens.small_pipelines.vaes import CHANNELS
 
 INPUTS = {
@@ -31,7 +32,8 @@ HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 
 def hunyuan() -> HunyuanVideoPipeline:
     """Double blocks, single blocks and refined text tokens; the scale of the guidance is embedded."""
-    transformer = HunyuanVideoTransformer3DModel(
+    transformer = alive(
+        HunyuanVideoTransformer3DModel,
         **HEADS,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -43,10 +45,11 @@ def hunyuan() -> HunyuanVideoPipeline:
         pooled_projection_dim=texts.CLIP_DIMENSION,
         rope_axes_dim=(4, 6, 6),
     )
-    return HunyuanVideoPipeline(
+    return made(
+        HunyuanVideoPipeline,
         text_encoder=texts.llama(),
         tokenizer=texts.tokenizer(leading=2),
-        transformer=alive(transformer),
+        transformer=transformer,
         vae=vaes.hunyuan(),
         scheduler=schedules.sharp_flow(),
         text_encoder_2=texts.clip(),
@@ -56,7 +59,8 @@ def hunyuan() -> HunyuanVideoPipeline:
 
 def cogvideox() -> CogVideoXPipeline:
     """Text and video in one sequence, with rotary embeddings on the video."""
-    transformer = CogVideoXTransformer3DModel(
+    transformer = alive(
+        CogVideoXTransformer3DModel,
         **HEADS,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -69,18 +73,20 @@ def cogvideox() -> CogVideoXPipeline:
         max_text_seq_length=TEXT_LENGTH,
         use_rotary_positional_embeddings=True,
     )
-    return CogVideoXPipeline(
+    return made(
+        CogVideoXPipeline,
         tokenizer=texts.tokenizer(),
         text_encoder=texts.t5(),
         vae=vaes.cogvideox(),
-        transformer=alive(transformer),
+        transformer=transformer,
         scheduler=schedules.cog_ddim(),
     )
 
 
 def ltx() -> LTXPipeline:
     """A token a latent; text by cross-attention, with a mask."""
-    transformer = LTXVideoTransformer3DModel(
+    transformer = alive(
+        LTXVideoTransformer3DModel,
         **HEADS,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -88,18 +94,20 @@ def ltx() -> LTXPipeline:
         cross_attention_dim=32,
         caption_channels=TEXT_DIMENSION,
     )
-    return LTXPipeline(
+    return made(
+        LTXPipeline,
         scheduler=schedules.ltx_flow(),
         vae=vaes.ltx(),
         text_encoder=texts.t5(),
         tokenizer=texts.tokenizer(),
-        transformer=alive(transformer),
+        transformer=transformer,
     )
 
 
 def mochi() -> MochiPipeline:
     """Text and video attend together at different widths; sigmas grow from noise to data."""
-    transformer = MochiTransformer3DModel(
+    transformer = alive(
+        MochiTransformer3DModel,
         **HEADS,
         in_channels=12,
         num_layers=2,
@@ -108,12 +116,13 @@ def mochi() -> MochiPipeline:
         time_embed_dim=8,
         max_sequence_length=TEXT_LENGTH,
     )
-    return MochiPipeline(
+    return made(
+        MochiPipeline,
         scheduler=schedules.upward_flow(),
         vae=vaes.mochi(),
         text_encoder=texts.t5(),
         tokenizer=texts.tokenizer(),
-        transformer=alive(transformer),
+        transformer=transformer,
     )
 
 

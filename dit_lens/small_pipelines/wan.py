@@ -15,7 +15,8 @@ from PIL import Image
 
 from dit_lens.plants import parts
 from dit_lens.plants.parts import LATENT_CHANNELS, TEXT_DIMENSION, TEXT_LENGTH
-from dit_lens.small_pipelines.record import SmallPipeline, alive
+from dit_lens.small_pipelines.making import alive, made
+from dit_lens.small_pipelines.record import SmallPipeline
 from dit_lens.small_pipelines.schedules import flow_unipc, shifted_flow
 from dit_lens.small_pipelines.texts import PROMPTS
 
@@ -59,7 +60,7 @@ def sizes(in_channels: int) -> dict[str, Any]:
 
 def denoiser(in_channels: int = LATENT_CHANNELS) -> WanTransformer3DModel:
     """One expert."""
-    return alive(WanTransformer3DModel(**sizes(in_channels)))  # pyright: ignore[reportReturnType]
+    return alive(WanTransformer3DModel, **sizes(in_channels))
 
 
 def around() -> dict[str, Any]:
@@ -74,31 +75,31 @@ def around() -> dict[str, Any]:
 
 def text_to_video() -> WanPipeline:
     """One expert, text only."""
-    return WanPipeline(**around(), transformer=denoiser())
+    return made(WanPipeline, **around(), transformer=denoiser())
 
 
 def image_to_video() -> WanImageToVideoPipeline:
     """Two experts; the image and its mask come as channels of every call."""
     taken = LATENT_CHANNELS + 4 + LATENT_CHANNELS
     experts = {"transformer": denoiser(taken), "transformer_2": denoiser(taken)}
-    return WanImageToVideoPipeline(**around(), **experts, boundary_ratio=BOUNDARY)
+    return made(WanImageToVideoPipeline, **around(), **experts, boundary_ratio=BOUNDARY)
 
 
 def expanded() -> WanPipeline:
     """The 5B form from text: every token has a timestep of its own, all alike."""
-    return WanPipeline(**around(), transformer=denoiser(), expand_timesteps=True)
+    return made(WanPipeline, **around(), transformer=denoiser(), expand_timesteps=True)
 
 
 def expanded_image() -> WanImageToVideoPipeline:
     """The 5B form from an image: it takes the place of the first latent frame, at timestep 0."""
-    return WanImageToVideoPipeline(**around(), transformer=denoiser(), expand_timesteps=True)
+    return made(WanImageToVideoPipeline, **around(), transformer=denoiser(), expand_timesteps=True)
 
 
 def vace() -> WanVACEPipeline:
     """The control branch: inactive and reactive video, and a mask of 4 x 4 pixels a latent."""
     control = {"vace_layers": [0], "vace_in_channels": 2 * LATENT_CHANNELS + 16}
-    transformer = alive(WanVACETransformer3DModel(**sizes(LATENT_CHANNELS), **control))
-    return WanVACEPipeline(**around(), transformer=transformer)
+    transformer = alive(WanVACETransformer3DModel, **sizes(LATENT_CHANNELS), **control)
+    return made(WanVACEPipeline, **around(), transformer=transformer)
 
 
 ALL = (
