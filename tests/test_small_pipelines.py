@@ -181,7 +181,7 @@ def test_visual_tokens_lie_as_the_layout_says(small: SmallPipeline) -> None:
 
 @every
 def test_every_block_is_alive(small: SmallPipeline) -> None:
-    """The answer depends on every block: each has a gradient, and no parameter is all zeros or all ones."""
+    """The answer depends on every parameter, but for the text's of a last block, which nobody reads after it."""
     pipe = pipeline(small.name)
     for expert in small.experts:
         denoiser = getattr(pipe, expert)
@@ -189,13 +189,15 @@ def test_every_block_is_alive(small: SmallPipeline) -> None:
         output = denoiser(**call.arguments)
         output = output[0] if isinstance(output, tuple) else output.sample
         (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        assert stacks(denoiser)
-        for name, stack in stacks(denoiser).items():
-            for index, block in enumerate(stack):
-                reached = [weight.grad is not None and bool(weight.grad.any()) for weight in block.parameters()]
-                assert sum(reached) > len(reached) / 2, (name, index)
+        last = tuple(f"{name}.{len(stack) - 1}." for name, stack in stacks(denoiser).items())
+        assert last
         for name, weight in denoiser.named_parameters():
-            assert weight.std() > 0 or weight.numel() == 1, name
+            assert weight.std() > 0, name
+            text = name.startswith(last) and any(part in name for part in ("add_q", "add_out", "added_q", "txt_mlp"))
+            shift = name.endswith("k.bias")  # a softmax forgets what it adds to every score
+            if not (text or shift or name == "pad_token"):
+                assert weight.grad is not None, name
+                assert weight.grad.any(), name
 
 
 @every
