@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from dit_lens.errors import InputError
-from dit_lens.small_pipelines import crossed, images, videos, wan
+from dit_lens.small_pipelines import crossed, images, unusual, videos, wan
 from dit_lens.small_pipelines.record import SmallPipeline
 
 __all__ = ["PIPELINES", "SmallPipeline", "pipeline"]
 
-PIPELINES: dict[str, SmallPipeline] = {small.name: small for small in (*wan.ALL, *videos.ALL, *images.ALL, *crossed.ALL)}
+PIPELINES: dict[str, SmallPipeline] = {
+    small.name: small for small in (*wan.ALL, *videos.ALL, *images.ALL, *crossed.ALL, *unusual.ALL)
+}
 """Every small pipeline, by name."""
 
 

@@ -10,6 +10,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
@@ -53,3 +54,13 @@ cog_ddim = setting(CogVideoXDDIMScheduler, **COG)
 """CogVideoX 2B."""
 cog_dpm = setting(CogVideoXDPMScheduler, **COG)
 """CogVideoX 5B."""
+v_ddpm = setting(
+    DDPMScheduler,
+    beta_start=0.00085,
+    beta_end=0.02,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    prediction_type="v_prediction",
+    clip_sample=False,
+)
+"""HunyuanDiT."""

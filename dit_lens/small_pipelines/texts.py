@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -24,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -36,6 +40,8 @@ CLIP_DIMENSION = 8
 HEADS = 2
 LAYERS = 2
 
+CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+"""How messages become one text, for the pipelines that ask their tokenizer."""
 PROMPTS = {"prompt": "left ball rolls", "negative_prompt": "right cube"}
 """A prompt and a negative one, of different lengths, in words that the tokenizer knows."""
 
@@ -54,6 +60,7 @@ def tokenizer(length: int = TEXT_LENGTH, leading: int = 0) -> PreTrainedTokenize
         single="</s> " * leading + "$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
     )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special["chat_template"] = CHAT
     return PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=length, padding_side="right", **special)
 
 
@@ -126,3 +133,15 @@ def qwen() -> Qwen2_5_VLForConditionalGeneration:
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": TEXT_DIMENSION}
     config = made(Qwen2_5_VLConfig, text_config=text, vision_config=vision)
     return made(Qwen2_5_VLForConditionalGeneration, config=config)
+
+
+def qwen3() -> Qwen3Model:
+    """A Qwen 3 without its head."""
+    return made(Qwen3Model, config=Qwen3Config(head_dim=TEXT_DIMENSION // HEADS, **sizes()))
+
+
+def bert() -> BertModel:
+    """A BERT."""
+    small: dict[str, Any] = {"hidden_size": TEXT_DIMENSION, "intermediate_size": 16, "max_position_embeddings": 128}
+    heads: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    return made(BertModel, config=BertConfig(vocab_size=len(WORDS), **small, **heads))
