@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import tiny_pipeline, tiny_transformer
 from PIL import Image
 
@@ -68,6 +69,7 @@ def experiment(name: str) -> Experiment:
 @pytest.fixture(scope="module")
 def lens() -> dl.Lens:
     """Two experts with random weights, of other numbers of blocks and channels than the bundled model."""
+    torch.manual_seed(0)
     pipe = tiny_pipeline(experts=2, transformer=tiny_transformer(12, blocks=4), transformer_2=tiny_transformer(12, blocks=4))
     return dl.wrap(pipe, engine="hooks")
 
