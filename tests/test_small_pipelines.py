@@ -16,7 +16,6 @@ from dit_lens.small_pipelines import PIPELINES, SmallPipeline, pipeline
 from dit_lens.small_pipelines.wan import BOUNDARY
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning"),  # Chroma's own
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi asks for float32 there
 ]
@@ -155,6 +154,11 @@ def test_visual_tokens_lie_as_the_layout_says(small: SmallPipeline) -> None:
     arguments, latents = call.arguments, call.latents
     frames, height, width = small.layout
     count = 32 if small.name == "z-image" else frames * height * width  # padded there
+    if small.name == "stable-audio":  # behind a token of the timestep and the duration
+        before = visual_tokens(denoiser, arguments, 1 + count)
+        moment = visual_tokens(denoiser, call.taking(latents + torch.eye(frames)[4]), 1 + count)
+        assert (before != moment).any(dim=(0, 2)).nonzero().flatten().tolist() == [1 + 4]
+        return
     before = visual_tokens(denoiser, arguments, count)
     if latents.ndim == 3:  # packed by the pipeline, which says how in further arguments
         assert latents.shape[1] == frames * height * width
@@ -196,7 +200,7 @@ def test_every_block_is_alive(small: SmallPipeline) -> None:
             assert weight.std() > 0, name
             text = name.startswith(last) and any(part in name for part in ("add_q", "add_out", "added_q", "txt_mlp"))
             shift = name.endswith("k.bias")  # a softmax forgets what it adds to every score
-            if not (text or shift or name == "pad_token"):
+            if weight.requires_grad and not (text or shift or name == "pad_token"):
                 assert weight.grad is not None, name
                 assert weight.grad.any(), name
 
@@ -258,6 +262,9 @@ def test_a_denoiser_that_knows_the_answer_is_led_to_it(small: SmallPipeline, nam
 def test_a_result_can_be_decoded(small: SmallPipeline) -> None:
     inputs = {**small.inputs, "output_type": "np"}
     shown = torch.as_tensor(pipeline(small.name)(**inputs, generator=torch.Generator().manual_seed(0), return_dict=False)[0])
+    if small.name == "stable-audio":
+        assert shown.shape == (1, 2, 48)  # channels, samples
+        return
     frames, height, width = (small.inputs.get(name) for name in ("num_frames", "height", "width"))
     sizes = ((frames,) if frames else ()) + ((height, width) if height else (8, 8))
     assert shown.shape == (1, *sizes, 3)

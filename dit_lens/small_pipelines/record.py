@@ -6,6 +6,7 @@ finds these facts out from a pipeline can be tested against them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,6 +42,7 @@ class SmallPipeline:
             class; the first is the one that it is built with.
         irregular: the steps whose calls are others than guidance and branches say, and those calls (see `calls`).
         layout: (frames, height, width) of the visual tokens for these inputs; frames are latent frames, an image is one.
+            Of a sound, (length, 1, 1).
     """
 
     name: str
@@ -57,7 +59,8 @@ class SmallPipeline:
 
     def build(self, seed: int = 0) -> Any:
         """The pipeline with weights drawn from a seed; torch's own generators stay as they were."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of diffusers to itself, about names that will move
             torch.manual_seed(seed)
             built = self.make()
         built.set_progress_bar_config(disable=True)

@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     UniPCMultistepScheduler,
@@ -64,3 +65,5 @@ v_ddpm = setting(
     clip_sample=False,
 )
 """HunyuanDiT."""
+edm_dpm = setting(EDMDPMSolverMultistepScheduler, sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, prediction_type="v_prediction")
+"""Stable Audio, by its signature; CosineDPMSolverMultistepScheduler, its checkpoint's own, needs the package torchsde."""
