@@ -24,6 +24,11 @@ name is "cond_uncond" in batched guidance and the branch's own otherwise.
 Calls = tuple[tuple[str, ...], ...]
 """Calls of a denoiser, each as the branches that lie along its batch."""
 
+SHARE = (0.001, 0.0)
+"""For `told`: the timestep as a share of a thousand, 1 for noise."""
+UPWARD_SHARE = (-0.001, 1.0)
+"""For `told`: the same upside down, 0 for noise."""
+
 
 @dataclass(frozen=True, eq=False)
 class SmallPipeline:
@@ -37,6 +42,7 @@ class SmallPipeline:
         branches: in the order in which they run, or lie in the batch.
         prediction: what the scheduler takes the prediction to be: "flow", "epsilon" or "v_prediction".
         sign: -1 where the pipeline negates what the denoiser returned before the scheduler receives it.
+        told: (a, b): of a timestep of the scheduler the denoiser is told a * timestep + b.
         experts: its denoisers, by attribute, in the order in which they run.
         schedulers: makers of schedulers that checkpoints of the pipeline ship with or that its documentation names, by
             class; the first is the one that it is built with.
@@ -55,6 +61,7 @@ class SmallPipeline:
     layout: tuple[int, int, int]
     experts: tuple[str, ...] = ("transformer",)
     sign: Literal[1, -1] = 1
+    told: tuple[float, float] = (1.0, 0.0)
     irregular: Mapping[int, Calls] = field(default_factory=dict)
 
     def build(self, seed: int = 0) -> Any:

@@ -34,7 +34,7 @@ lumina_flow = setting(FlowMatchEulerDiscreteScheduler, shift=6.0)
 """Lumina 2."""
 sized_flow = setting(FlowMatchEulerDiscreteScheduler, shift=3.0, use_dynamic_shifting=True)
 """Flux: the shift grows with the number of tokens."""
-ltx_flow = partial(
+ltx_flow = setting(
     FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True, shift_terminal=0.1, max_shift=2.05, base_shift=0.95
 )
 """LTX, Qwen-Image: so does this one, and the last noise level is not zero."""
