@@ -69,6 +69,25 @@ def test_a_prompt_reaches_its_own_branch_and_no_other(small: SmallPipeline) -> N
 
 
 @every
+def test_samples_lie_within_their_branch(small: SmallPipeline) -> None:
+    """Of two samples, the second's prompt reaches the second row of its own branch."""
+    if small.name == "wan-vace":
+        with pytest.raises(ValueError, match="list of prompts is not yet supported"):
+            watched(small, pipeline(small.name), prompt=["left ball"] * 2, negative_prompt=["right"] * 2)
+        return
+    answers = []
+    for word, label in (("ball", 7), ("cube", 8)):
+        texts: dict[str, Any] = {"prompt": ["left ball", f"left {word}"], "negative_prompt": ["right", "right"]}
+        if "uncond" not in small.branches:
+            texts["negative_prompt"] = None
+        inputs: dict[str, Any] = {"class_labels": [7, label]} if small.name == "dit" else texts
+        answers.append(watched(small, pipeline(small.name), **inputs).answers(small))
+    for branch in small.branches:
+        rows = [row for row in (0, 1) if not torch.equal(answers[0][branch][row], answers[1][branch][row])]
+        assert rows == ([1] if branch == "cond" else [])
+
+
+@every
 def test_only_an_embedded_guidance_scale_reaches_the_denoiser(small: SmallPipeline) -> None:
     embeds = small.name.startswith(("flux", "hunyuan-video"))
     assert small.guidance.startswith("embedded") == (embeds and small.branches == ("cond",))
