@@ -151,6 +151,16 @@ def watching(pipe: Any, experts: tuple[str, ...]) -> Iterator[Watched]:
         seen.steps.pop()
 
 
+def edm_velocity(scheduler: Any, step: int, scaled: Tensor, aim: Tensor) -> Tensor:
+    """What a denoiser has to say in the parametrization of Karras et al. 2022 (table 1), with the sign that diffusers gives it.
+
+    It takes the sample divided by the norm of data and noise, and its answer is scaled before it is added to the sample.
+    """
+    level, data = scheduler.sigmas[step], scheduler.config["sigma_data"]
+    norm = (level**2 + data**2).sqrt()
+    return ((scaled * norm) * data**2 / norm**2 - aim) * norm / (level * data)
+
+
 def all_knowing(pipe: Any, small: SmallPipeline, target: Tensor, seen: Watched) -> Callable[..., None]:
     """A hook that lets a denoiser answer what brings every sample to the target, shaped like what the scheduler steps.
 
@@ -161,7 +171,9 @@ def all_knowing(pipe: Any, small: SmallPipeline, target: Tensor, seen: Watched) 
         latents = latents_of(bound(module, args, kwargs))[:, : len(target)]  # an image to start from has channels after these
         aim = target.view_as(latents[0])
         step = len(seen.received)
-        if small.prediction == "flow":
+        if "sigma_data" in pipe.scheduler.config:
+            right = edm_velocity(pipe.scheduler, step, latents, aim)
+        elif small.prediction == "flow":
             level, way = pipe.scheduler.sigmas[step], small.sign
             if pipe.scheduler.config.get("invert_sigmas"):
                 level, way = 1 - level, -way

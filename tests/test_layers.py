@@ -50,7 +50,8 @@ dit_lens.plants.parts dit_lens.plants.table
 dit_lens.plants.stream dit_lens.plants.readings dit_lens.small_pipelines.making dit_lens.small_pipelines.record
     dit_lens.small_pipelines.schedules
 dit_lens.small_pipelines.texts dit_lens.small_pipelines.vaes
-dit_lens.small_pipelines.crossed dit_lens.small_pipelines.images dit_lens.small_pipelines.videos dit_lens.small_pipelines.wan
+dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_pipelines.images
+    dit_lens.small_pipelines.videos dit_lens.small_pipelines.wan
 dit_lens.small_pipelines.unusual
 dit_lens.small_pipelines
 dit_lens.plants.mechanisms

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from dit_lens.errors import InputError
-from dit_lens.small_pipelines import crossed, images, unusual, videos, wan
+from dit_lens.small_pipelines import audio, crossed, images, unusual, videos, wan
 from dit_lens.small_pipelines.record import SmallPipeline
 
 __all__ = ["PIPELINES", "SmallPipeline", "pipeline"]
 
 PIPELINES: dict[str, SmallPipeline] = {
-    small.name: small for small in (*wan.ALL, *videos.ALL, *images.ALL, *crossed.ALL, *unusual.ALL)
+    small.name: small for small in (*wan.ALL, *videos.ALL, *images.ALL, *crossed.ALL, *unusual.ALL, *audio.ALL)
 }
 """Every small pipeline, by name."""
 

@@ -20,7 +20,7 @@ from diffusers import (
 from dit_lens.plants.parts import TEXT_DIMENSION, TEXT_LENGTH
 from dit_lens.small_pipelines import schedules, texts, vaes
 from dit_lens.small_pipelines.making import alive, made
-from dit_lens.small_pipelines.record import SmallPipeline
+from dit_lens.small_pipelines.record import UPWARD_SHARE, SmallPipeline
 from dit_lens.small_pipelines.vaes import CHANNELS
 
 INPUTS = {
@@ -166,6 +166,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.lumina_flow},
         layout=(1, 2, 3),
+        told=UPWARD_SHARE,
         sign=-1,
     ),
     SmallPipeline(

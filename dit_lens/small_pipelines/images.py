@@ -16,7 +16,7 @@ from diffusers import (
 from dit_lens.plants.parts import TEXT_DIMENSION, TEXT_LENGTH
 from dit_lens.small_pipelines import schedules, texts, vaes
 from dit_lens.small_pipelines.making import alive, made
-from dit_lens.small_pipelines.record import SmallPipeline
+from dit_lens.small_pipelines.record import SHARE, UPWARD_SHARE, SmallPipeline
 from dit_lens.small_pipelines.vaes import CHANNELS
 
 INPUTS = {
@@ -143,6 +143,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.sized_flow},
         layout=(1, 2, 3),
+        told=SHARE,
     ),
     SmallPipeline(
         name="flux-true-cfg",
@@ -153,6 +154,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.sized_flow},
         layout=(1, 2, 3),
+        told=SHARE,
     ),
     SmallPipeline(
         name="stable-diffusion-3",
@@ -184,6 +186,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.ltx_flow},
         layout=(1, 2, 3),
+        told=SHARE,
     ),
     SmallPipeline(
         name="lumina-2",
@@ -194,6 +197,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.lumina_flow},
         layout=(1, 2, 3),
+        told=UPWARD_SHARE,
         sign=-1,
     ),
     SmallPipeline(
@@ -205,6 +209,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.lumina_flow},
         layout=(1, 2, 3),
+        told=UPWARD_SHARE,
         sign=-1,
         irregular=dict.fromkeys((1, 2), (("cond",),)),
     ),

@@ -6,6 +6,7 @@ finds these facts out from a pipeline can be tested against them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,11 @@ name is "cond_uncond" in batched guidance and the branch's own otherwise.
 Calls = tuple[tuple[str, ...], ...]
 """Calls of a denoiser, each as the branches that lie along its batch."""
 
+SHARE = (0.001, 0.0)
+"""For `told`: the timestep as a share of a thousand, 1 for noise."""
+UPWARD_SHARE = (-0.001, 1.0)
+"""For `told`: the same upside down, 0 for noise."""
+
 
 @dataclass(frozen=True, eq=False)
 class SmallPipeline:
@@ -36,11 +42,13 @@ class SmallPipeline:
         branches: in the order in which they run, or lie in the batch.
         prediction: what the scheduler takes the prediction to be: "flow", "epsilon" or "v_prediction".
         sign: -1 where the pipeline negates what the denoiser returned before the scheduler receives it.
+        told: (a, b): of a timestep of the scheduler the denoiser is told a * timestep + b.
         experts: its denoisers, by attribute, in the order in which they run.
         schedulers: makers of schedulers that checkpoints of the pipeline ship with or that its documentation names, by
             class; the first is the one that it is built with.
         irregular: the steps whose calls are others than guidance and branches say, and those calls (see `calls`).
         layout: (frames, height, width) of the visual tokens for these inputs; frames are latent frames, an image is one.
+            Of a sound, (length, 1, 1).
     """
 
     name: str
@@ -53,11 +61,13 @@ class SmallPipeline:
     layout: tuple[int, int, int]
     experts: tuple[str, ...] = ("transformer",)
     sign: Literal[1, -1] = 1
+    told: tuple[float, float] = (1.0, 0.0)
     irregular: Mapping[int, Calls] = field(default_factory=dict)
 
     def build(self, seed: int = 0) -> Any:
         """The pipeline with weights drawn from a seed; torch's own generators stay as they were."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of diffusers to itself, about names that will move
             torch.manual_seed(seed)
             built = self.make()
         built.set_progress_bar_config(disable=True)

@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     UniPCMultistepScheduler,
@@ -33,7 +34,7 @@ lumina_flow = setting(FlowMatchEulerDiscreteScheduler, shift=6.0)
 """Lumina 2."""
 sized_flow = setting(FlowMatchEulerDiscreteScheduler, shift=3.0, use_dynamic_shifting=True)
 """Flux: the shift grows with the number of tokens."""
-ltx_flow = partial(
+ltx_flow = setting(
     FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True, shift_terminal=0.1, max_shift=2.05, base_shift=0.95
 )
 """LTX, Qwen-Image: so does this one, and the last noise level is not zero."""
@@ -64,3 +65,5 @@ v_ddpm = setting(
     clip_sample=False,
 )
 """HunyuanDiT."""
+edm_dpm = setting(EDMDPMSolverMultistepScheduler, sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, prediction_type="v_prediction")
+"""Stable Audio, by its signature; CosineDPMSolverMultistepScheduler, its checkpoint's own, needs the package torchsde."""

@@ -23,7 +23,7 @@ from dit_lens.plants.parts import TEXT_DIMENSION
 from dit_lens.small_pipelines import schedules, texts, vaes
 from dit_lens.small_pipelines.images import HEADS, INPUTS, ROTARY
 from dit_lens.small_pipelines.making import alive, made
-from dit_lens.small_pipelines.record import SmallPipeline
+from dit_lens.small_pipelines.record import SHARE, UPWARD_SHARE, SmallPipeline
 from dit_lens.small_pipelines.vaes import CHANNELS
 
 
@@ -142,6 +142,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.sized_flow},
         layout=(1, 2, 3),
+        told=SHARE,
     ),
     SmallPipeline(
         name="aura-flow",
@@ -152,6 +153,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.shifted_flow},
         layout=(1, 2, 3),
+        told=SHARE,
     ),
     SmallPipeline(
         name="z-image",
@@ -162,6 +164,7 @@ ALL = (
         prediction="flow",
         schedulers={"FlowMatchEulerDiscreteScheduler": schedules.sized_flow},
         layout=(1, 2, 3),
+        told=UPWARD_SHARE,
         sign=-1,
     ),
     SmallPipeline(

@@ -21,7 +21,7 @@ from dit_lens.small_pipelines.schedules import flow_unipc, shifted_flow
 from dit_lens.small_pipelines.texts import PROMPTS
 
 BOUNDARY = 0.8
-"""Where the second expert takes over, as a share of the timesteps: after the first of three steps, at any of our shifts."""
+"""Where the second expert takes over, as a share of the timesteps: within three steps with either scheduler."""
 INPUTS = {
     **PROMPTS,
     "height": 16,
@@ -78,6 +78,11 @@ def text_to_video() -> WanPipeline:
     return made(WanPipeline, **around(), transformer=denoiser())
 
 
+def text_two_experts() -> WanPipeline:
+    """Two experts, text only."""
+    return made(WanPipeline, **around(), transformer=denoiser(), transformer_2=denoiser(), boundary_ratio=BOUNDARY)
+
+
 def image_to_video() -> WanImageToVideoPipeline:
     """Two experts; the image and its mask come as channels of every call."""
     taken = LATENT_CHANNELS + 4 + LATENT_CHANNELS
@@ -112,6 +117,17 @@ ALL = (
         prediction="flow",
         schedulers=SCHEDULERS,
         layout=(3, 2, 4),
+    ),
+    SmallPipeline(
+        name="wan-two-experts",
+        make=text_two_experts,
+        inputs=INPUTS,
+        guidance="sequential with context",
+        branches=("cond", "uncond"),
+        prediction="flow",
+        schedulers=SCHEDULERS,
+        layout=(3, 2, 4),
+        experts=("transformer", "transformer_2"),
     ),
     SmallPipeline(
         name="wan-image-two-experts",
