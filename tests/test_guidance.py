@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_lens.architectures.discovery import Undecided
 from dit_lens.architectures.guidance import Guidance, discover_guidance
+from dit_lens.small_pipelines import PIPELINES
 
 
 class Denoiser(nn.Module):
@@ -87,3 +88,13 @@ def test_wan_calls_cond_and_then_uncond(image_pipe: Any, scale: float) -> None:
     inputs = {name: value for name, value in arguments(image_pipe).items() if name != "generator"} | {"guidance_scale": scale}
     expected = Guidance("sequential", ("cond", "uncond")) if scale > 1 else Guidance("none", ("cond",))
     assert discover_guidance(image_pipe, {"transformer": image_pipe.transformer}, inputs) == expected
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore:In CPU autocast:UserWarning")
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_every_small_pipeline_is_found_as_it_is(name: str) -> None:
+    small = PIPELINES[name]
+    pipe = small.build()
+    guidance = discover_guidance(pipe, {expert: getattr(pipe, expert) for expert in small.experts}, small.inputs)
+    assert guidance.branches == small.branches
+    assert guidance.kind == ("none" if len(small.branches) == 1 else small.guidance.split()[0])
