@@ -196,7 +196,7 @@ def _products(
 
     def grown(cell: Cell) -> Cell:
         """Where the gradient is: a change of the update is the same change of the stream that it is added to."""
-        return replace(cell, site="resid") if lens.architecture.site(cell.site, cell.stream).measures == "change" else cell
+        return replace(cell, site="resid") if cell.site == "update" else cell
 
     lens.replay(donor, taps=[reading(cell, theirs) for cell in cells])
     grown_cells = list(dict.fromkeys(grown(cell) for cell in cells))

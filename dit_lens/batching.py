@@ -84,7 +84,9 @@ def prepare(pipe: Any, seed: Seeds, inputs: dict[str, Any], reserved: Sequence[s
     if len(seeds) > 1 and len(seeds) != prompts:
         raise InputError(f"seed= holds lists for {len(seeds)} prompts, and there are {prompts}; write one list for each")
     rows = tuple(one for its in (seeds if len(seeds) > 1 else seeds * prompts) for one in its)
-    arguments["generator"] = [torch.Generator("cpu").manual_seed(row) for row in rows]
+    generators = [torch.Generator("cpu").manual_seed(row) for row in rows]
+    # Not every pipeline takes a list; of one row, both draw the same.
+    arguments["generator"] = generators if len(rows) > 1 else generators[0]
     prompt = arguments.get("prompt")
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [""] * len(rows))
     groups = tuple(index for index in range(prompts) for _ in seeds[0])

@@ -230,7 +230,7 @@ def _streams(bench: Bench, points: Sequence[Point]) -> dict[tuple[Place, int], A
     cells = [
         Cell(bench.runs.clean.experts[place[0]], *place, block - 1, "resid", stream)
         for place, block in _resumed(points)
-        for stream in bench.lens.architecture.streams
+        for stream in bench.grid.extent.stack(bench.runs.clean.experts[place[0]], block - 1).streams
     ]
     found: dict[tuple[Place, int], Any] = {}
     for entry in bench.observed(bench.runs.clean, cells):
@@ -263,7 +263,7 @@ def cost_of(bench: Bench, edits: int, rows: int, batch: int) -> Cost:
         observed += sum(blocks[step] for step, _ in calls)
         shortest += sum(blocks[step] for step, _ in dict.fromkeys(place for place, _ in resumed))
         cells = {cell for point in points for cell in point.cells}
-        sites = [architecture.site(cell.site, cell.stream) for cell in cells]
+        sites = [extent.site(cell) for cell in cells]
         held = sum(site.side_by_side * (4 if site.in_float32 else lens.pipe.dtype.itemsize) for site in sites)
         most = max(most, held + len(resumed) * len(architecture.streams) * lens.pipe.dtype.itemsize)
     width = architecture.width(next(iter(architecture.denoisers(lens.pipe).values())))

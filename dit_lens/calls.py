@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dit_lens.errors import InputError
 
 LATENTS = "hidden_states"
-"""The parameter of a denoiser's `forward` that takes the latents, in all of diffusers."""
-TEXT = "encoder_hidden_states"
-"""The one that takes the text, in nearly all."""
+"""The parameter of a denoiser's `forward` that takes the latents, in nearly all of diffusers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,9 @@ class DenoiserCall:
         weights: (a, b) of x0-hat = a * latents + b * output, or None where there is no x0-hat.
         levels: the timesteps and the sigmas of all steps of the run that made the call.
         versions: how often each tensor among the arguments had been written to when the call was made.
-        seeds, prompts: the seed of each row, and the number of its prompt (see `Moment`).
+        shared: the branches whose rows the call holds, one after the other: `branch` alone, or those of batched guidance.
+        parameter: the one of the denoiser's `forward` that takes the latents, its first.
+        seeds, prompts: the seed of each row of a branch, and the number of its prompt (see `Moment`).
     """
 
     expert: str
@@ -42,10 +43,12 @@ class DenoiserCall:
     branch: str
     args: tuple[Any, ...] = field(repr=False)
     kwargs: Mapping[str, Any] = field(repr=False)
-    latents: Float[Tensor, "batch channels frames height width"] = field(repr=False)
+    latents: Float[Tensor, "batch ..."] = field(repr=False)
     weights: tuple[float, float] | None = field(repr=False)
     levels: tuple[tuple[float, ...], tuple[float, ...]] = field(repr=False)
     versions: tuple[int, ...] = field(repr=False)
+    shared: tuple[str, ...] = ()
+    parameter: str = LATENTS
     seeds: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
 
@@ -73,28 +76,15 @@ class DenoiserCall:
 
     @property
     def taken(self) -> Tensor:
-        """What the denoiser took: (batch, channels, frames, height, width), with the channels of an image to start from."""
-        return self.kwargs[LATENTS] if LATENTS in self.kwargs else self.args[0]
+        """What the denoiser took: (batch, channels, *space), with the rows of all branches that share the call, and the
+        channels of an image to start from."""
+        return self.kwargs[self.parameter] if self.parameter in self.kwargs else self.args[0]
 
     def taking(self, latents: Tensor) -> DenoiserCall:
         """The same call with other latents for the denoiser to take."""
-        if LATENTS in self.kwargs:
-            return replace(self, kwargs={**self.kwargs, LATENTS: latents})
+        if self.parameter in self.kwargs:
+            return replace(self, kwargs={**self.kwargs, self.parameter: latents})
         return replace(self, args=(latents, *self.args[1:]))
-
-
-def taken_latents(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The latents that a call hands to the denoiser, (batch, channels, frames, height, width)."""
-    if LATENTS in kwargs:
-        return kwargs[LATENTS]
-    return inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments[LATENTS]
-
-
-def text_length(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """How many text tokens a call hands to the denoiser, padding included; None where it hands none."""
-    bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
-    text = bound.get(TEXT)
-    return text.shape[1] if isinstance(text, Tensor) else None
 
 
 def detached(value: Any) -> Any:
@@ -109,8 +99,30 @@ def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...
 
 
 def sample_of(output: Any) -> Tensor:
-    """The tensor in what a denoiser returned."""
-    return output[0] if isinstance(output, tuple) else output.sample
+    """The tensor in what a denoiser returned, (batch, channels, *space); lists of samples as one tensor."""
+    found = output[0] if isinstance(output, tuple) else output if isinstance(output, Tensor) else output.sample
+    return found if isinstance(found, Tensor) else torch.stack(list(found))
+
+
+def in_form_of(sample: Tensor, output: Tensor) -> Tensor:
+    """A denoiser's output in the form of the latents that the scheduler takes.
+
+    Without the second half of its channels, where it predicts a variance beside the mean, and without axes of length one.
+
+    Raises:
+        InputError: it has another form.
+    """
+    rows = len(output)
+    if output.shape[1:] == sample.shape[1:]:
+        return output
+    if output.numel() // rows == sample.numel() // len(sample):
+        return output.reshape(rows, *sample.shape[1:])
+    if output.shape[1] == 2 * sample.shape[1] and output.shape[2:] == sample.shape[2:]:
+        return output.chunk(2, dim=1)[0]
+    raise InputError(
+        f"the denoiser returns {tuple(output.shape)}, and the scheduler's latents are {tuple(sample.shape)}: how one follows from"
+        " the other is not known"
+    )
 
 
 def returned(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sample: Tensor) -> Any:

@@ -38,24 +38,47 @@ def describe(name: str, pipe: Any, architecture: Architecture) -> Description:
         threshold = boundary * pipe.scheduler.config.num_train_timesteps
         rows.append(("switch", f"transformer_2 below timestep {threshold:g}"))
     denoiser = next(iter(architecture.denoisers(pipe).values()))
-    config: Any = denoiser.config
     rows += [
-        ("streams", ", ".join(architecture.streams)),
+        *_stacks(architecture, denoiser),
         *_sites(architecture, denoiser),
-        (
-            "guidance",
-            f"{architecture.guidance}: {', then '.join(architecture.branches)},"
-            f" when guidance_scale > {architecture.guided_above:g}",
-        ),
+        ("guidance", _guided(architecture)),
         ("schedule", _schedule(pipe.scheduler)),
-        ("layout", f"{architecture.token_rule}; patch_size {tuple(config.patch_size)}"),
-        (
-            "latents",
-            f"1 latent frame holds {pipe.vae_scale_factor_temporal} frames (the first one 1),"
-            f" {pipe.vae_scale_factor_spatial} x {pipe.vae_scale_factor_spatial} pixels a latent",
-        ),
+        ("layout", _layout(architecture, denoiser)),
     ]
+    if hasattr(pipe, "vae_scale_factor_temporal"):
+        rows.append(
+            (
+                "latents",
+                f"1 latent frame holds {pipe.vae_scale_factor_temporal} frames (the first one 1),"
+                f" {pipe.vae_scale_factor_spatial} x {pipe.vae_scale_factor_spatial} pixels a latent",
+            )
+        )
     return Description(tuple(rows))
+
+
+def _stacks(architecture: Architecture, denoiser: Any) -> list[tuple[str, str]]:
+    """The streams; and where blocks differ in them, the lists of blocks with theirs."""
+    rows = [("streams", ", ".join(architecture.streams))]
+    if len(architecture.stacks) == 1:
+        return rows
+    for stack in architecture.stacks:
+        count = len(list(denoiser.get_submodule(stack.path).children()))
+        how = " then ".join(stack.streams) + " in one sequence" if stack.joined else ", ".join(stack.streams)
+        rows.append(("blocks", f"{count} of {stack.path}: {how}"))
+    return rows
+
+
+def _guided(architecture: Architecture) -> str:
+    guidance = architecture.guidance
+    if guidance is None:
+        return "watched at the beginning of every run of other arguments"
+    return f"{guidance.kind}: {', then '.join(guidance.branches)}, when guidance_scale > {architecture.guided_above:g}"
+
+
+def _layout(architecture: Architecture, denoiser: Any) -> str:
+    if architecture.patches is not None:
+        return architecture.token_rule
+    return f"{architecture.token_rule}; patch_size {tuple(denoiser.config.patch_size)}"
 
 
 def _sites(architecture: Architecture, denoiser: Any) -> list[tuple[str, str]]:

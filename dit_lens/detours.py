@@ -14,6 +14,7 @@ from torch import nn
 from dit_lens.architectures import Architecture
 from dit_lens.errors import InputError, listed
 from dit_lens.taps import Bypass
+from dit_lens.visual_tokens import VisualTokens
 
 
 class Detour:
@@ -25,12 +26,14 @@ class Detour:
 
     kind = "detour"
 
-    def __init__(self, architecture: Architecture, denoiser: nn.Module, bypasses: Sequence[Bypass]) -> None:
-        self._architecture = architecture
+    def __init__(self, architecture: Architecture, denoiser: nn.Module, bypasses: Sequence[Bypass], visual: VisualTokens) -> None:
+        block = architecture.blocks(denoiser)[bypasses[0].block]
+        self._stack = block.stack
         self._bypasses = bypasses
+        self._visual = visual
         self.expert = bypasses[0].expert
-        self.path = architecture.block_paths(denoiser)[bypasses[0].block]
-        self.block = denoiser.get_submodule(self.path)
+        self.path = block.path
+        self.block = block.module
 
     def handed_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call of the block with these arguments is to return without running; None when it is to run.
@@ -39,7 +42,7 @@ class Detour:
             InputError: a bypass answered with streams that the block does not have, or of another shape, or after
                 another one had answered.
         """
-        taken = self._architecture.streams_in(self.block, args, kwargs)
+        taken = self._stack.streams_in(self._stack.arguments(self.block, args, kwargs), self._visual.count)
         answer = None
         for bypass in self._bypasses:
             given = bypass.instead(dict(taken))
@@ -54,12 +57,17 @@ class Detour:
                     shapes = f"{tuple(taken[name].shape)}, and what is to be handed on {tuple(tensor.shape)}"
                     raise InputError(f"the stream {name!r} that {self.path} takes has shape {shapes}")
             answer = {name: given[name].to(tensor) if name in given else tensor for name, tensor in taken.items()}
-        return None if answer is None else self._architecture.returned(answer)
+        return None if answer is None else self._stack.handed_on(answer)
 
 
-def detours(architecture: Architecture, denoisers: Mapping[str, nn.Module], bypasses: Sequence[Bypass]) -> list[Detour]:
+def detours(
+    architecture: Architecture,
+    denoisers: Mapping[str, nn.Module],
+    bypasses: Sequence[Bypass],
+    visual: Mapping[str, VisualTokens],
+) -> list[Detour]:
     """One detour for every block that has bypasses."""
     groups: dict[tuple[str, int], list[Bypass]] = {}
     for bypass in bypasses:
         groups.setdefault((bypass.expert, bypass.block), []).append(bypass)
-    return [Detour(architecture, denoisers[expert], group) for (expert, _), group in groups.items()]
+    return [Detour(architecture, denoisers[expert], group, visual[expert]) for (expert, _), group in groups.items()]

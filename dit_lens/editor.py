@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_lens.architectures import Architecture
+from dit_lens.architectures import Layout
 from dit_lens.attention import masked_attention
 from dit_lens.donors import coordinates
 from dit_lens.edits import Edit, Moment, Skip
@@ -46,7 +46,7 @@ class Editor:
 
     Args:
         edits: in the order in which they act. extent: what there is, for resolving selections before the run.
-        architecture: the pipeline's family. scheduler: the pipeline's own, to ask for noise levels.
+        scheduler: the pipeline's own, to ask for noise levels.
         width: number of channels of a visual token. seeds, prompts: of each row, see `Moment`.
         recorded: what is to be recorded, to refuse it where it is skipped.
 
@@ -62,7 +62,6 @@ class Editor:
         self,
         edits: Sequence[Edit | ReplaceLatents],
         extent: Extent,
-        architecture: Architecture,
         scheduler: Any,
         width: int,
         seeds: tuple[int, ...],
@@ -71,7 +70,6 @@ class Editor:
     ) -> None:
         self._edits = tuple(edits)
         self._extent = extent
-        self._architecture = architecture
         self._scheduler = scheduler
         self._width = width
         self._seeds, self._prompts = seeds, prompts
@@ -81,6 +79,7 @@ class Editor:
         self._overlaps: dict[tuple[int, int, tuple[int, ...]], bool] = {}
         self._cells: dict[int, dict[Cell, Cell]] = {}
         self._steps: dict[int, list[int]] = {}
+        self._checked: set[tuple[int, Cell, tuple[int, ...]]] = set()
         self.fired: dict[int, int] = dict.fromkeys(range(len(self._edits)), 0)
         for index, edit in enumerate(self._edits):
             if isinstance(edit, ReplaceLatents):
@@ -98,8 +97,8 @@ class Editor:
     def _check_sites(self, edit: Edit, cells: Iterable[Cell]) -> None:
         """Refuse what is computed from tensors of the model, and is none of them."""
         for cell in cells:
-            if self._architecture.site(cell.site, cell.stream).read_only:
-                kept = [site.name for site in self._architecture.sites if not site.read_only]
+            if self._extent.site(cell).read_only:
+                kept = dict.fromkeys(site.name for site in self._extent.sites if not site.read_only)
                 raise InputError(f"{edit}: the site {cell.site!r} is read-only; edit one of {listed(kept)}")
 
     def _check_skipped(self, recorded: Iterable[tuple[Selector, Sequence[Cell]]]) -> None:
@@ -115,7 +114,7 @@ class Editor:
         for owner, cells in inside:
             for cell in cells:
                 skip = skips.get((cell.expert, cell.step, cell.branch, cell.block))
-                if skip is not None and self._architecture.site(cell.site, cell.stream).module:
+                if skip is not None and self._extent.site(cell).module:
                     raise InputError(
                         f"{owner} is inside a block that {skip} leaves out, at {coordinates(cell)}: nothing is computed there;"
                         " choose other blocks, steps or branches, or the sites resid and update"
@@ -133,15 +132,25 @@ class Editor:
     def taps(self) -> list[Tap]:
         """One tap for each edit and each site of each block that it may change, in the order of the edits."""
         others = [(index, edit) for index, edit in self._of(Edit) if not isinstance(edit, Skip | KnockoutAttention)]
-        return [
+        taps = [
             Tap(*place[:3], self._visitor(index, edit, place), place[3])
             for index, edit in others
             for place in dict.fromkeys((c.expert, c.block, c.site, c.stream) for c in self._cells[index])
         ]
+        # A block that holds the rows of several branches runs for those that do not skip it.
+        skips = [(index, cell) for index, _ in self._of(Skip) for cell in self._cells[index]] if self._batched else []
+        places = dict.fromkeys((index, cell.expert, cell.block) for index, cell in skips)
+        return taps + [
+            Tap(expert, block, "update", self._unchanging(index, (expert, block), stream), stream)
+            for index, expert, block in places
+            for stream in self._extent.stack(expert, block).streams
+        ]
 
     @property
     def bypasses(self) -> list[Bypass]:
-        """One bypass for each block that is skipped at some time."""
+        """One bypass for each block that is skipped at some time, by whole calls."""
+        if self._batched:
+            return []
         indices = [index for index, _ in self._of(Skip)]
         places = dict.fromkeys((cell.expert, cell.block) for index in indices for cell in self._cells[index])
         return [Bypass(*place, self._skipping(indices, place)) for place in places]
@@ -152,6 +161,10 @@ class Editor:
         cuts = self._of(KnockoutAttention)
         places = dict.fromkeys((cell.expert, cell.block, cell.site) for index, _ in cuts for cell in self._cells[index])
         return [Attention(*place, self._attending(cuts, place)) for place in places]
+
+    @property
+    def _batched(self) -> bool:
+        return self._extent.forecast.batched
 
     @property
     def rewrite(self) -> Callable[[int, Tensor], Tensor | None] | None:
@@ -168,10 +181,14 @@ class Editor:
             )
         replaced: Claims = {}
         for index, edit in self._of(Edit):
-            edit.at.check_tokens(clock.layout)
             for cell in self._cells[index]:
-                moment = self._moment(index, edit, cell)
+                layout = self._layout(cell.stream)
+                if layout is None:
+                    continue  # how many tokens the stream has is seen when it comes
+                edit.at.check_tokens(layout)
+                moment = self._moment(index, edit, cell, self._shape(cell, layout))
                 edit.check_shape(moment)
+                self._checked.add((index, cell, moment.shape))
                 if edit.replaces:
                     self._check_alone(replaced, index, cell, moment.shape)
 
@@ -215,17 +232,25 @@ class Editor:
                 )
         return dict(self.fired)
 
-    def _moment(self, index: int, edit: Edit, cell: Cell) -> Moment:
+    def _layout(self, stream: str) -> Layout | None:
+        """The layout of a stream's tokens; None where it is not known beforehand: a text may get registers, or lose padding."""
+        assert self._clock is not None
+        return self._clock.layout if stream == "visual" else None
+
+    def _shape(self, cell: Cell, layout: Layout) -> tuple[int, ...]:
+        """The shape that a cell's activation should have, without the batch; the width is that of visual tokens."""
+        heads = self._extent.heads
+        return (*layout.shape, *((heads, self._width // heads) if self._extent.site(cell).per_head else (self._width,)))
+
+    def _moment(self, index: int, edit: Edit, cell: Cell, shape: tuple[int, ...]) -> Moment:
         """When and where an edit is applied; what its selection takes is worked out once for each shape."""
-        clock, heads = self._clock, self._extent.heads
+        clock = self._clock
         assert clock is not None
-        assert clock.layout is not None
-        per_head = self._architecture.site(cell.site, cell.stream).per_head
-        shape = (*clock.layout.shape, *((heads, self._width // heads) if per_head else (self._width,)))
+        tokens = shape[:4] if self._extent.site(cell).per_head else shape[:3]
         if (index, shape) not in self._places:
-            self._places[index, shape] = (edit.at.places(shape[:-1]), edit.at.part(shape[:-1]))
+            self._places[index, shape] = (edit.at.places(tokens), edit.at.part(tokens))
         part = self._places[index, shape][1]
-        return Moment(cell, self._seeds, self._prompts, clock.layout, shape, part, clock.text_tokens)
+        return Moment(cell, self._seeds, self._prompts, Layout(*shape[:3]), shape, part, clock.text_tokens)
 
     def _here(self, index: int, place: tuple[Any, ...]) -> Cell | None:
         """The cell of an edit that is being computed, if it selects it; place is (expert, block, site, stream)."""
@@ -245,8 +270,14 @@ class Editor:
 
     def _edited(self, index: int, edit: Edit, cell: Cell, tensor: Tensor) -> Tensor:
         """A tensor of (batch, tokens, channels) or (batch, tokens, heads, channels) with the edit written into it."""
-        moment = self._moment(index, edit, cell)
-        whole = tensor.unflatten(1, moment.layout.shape)
+        layout = self._clock.layout if self._clock is not None and cell.stream == "visual" else Layout.line(tensor.shape[1])
+        assert layout is not None
+        whole = tensor.unflatten(1, layout.shape)
+        moment = self._moment(index, edit, cell, tuple(whole.shape[1:]))
+        if (index, cell, moment.shape) not in self._checked:
+            edit.at.check_tokens(layout)
+            edit.check_shape(moment)
+            self._checked.add((index, cell, moment.shape))
         # A part is a copy already; all of it is copied too, as an edit may change in place what the model still holds.
         selected = whole.clone() if edit.at.whole else edit.at.take_tokens(whole)
         shape, dtype, device = selected.shape, selected.dtype, selected.device
@@ -261,12 +292,25 @@ class Editor:
     def _skipping(self, indices: Sequence[int], place: tuple[str, int]) -> Callable[..., Mapping[str, Tensor] | None]:
         def instead(streams: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
             # A skip of any stream is one of the block.
-            found = [i for i in indices for s in self._architecture.streams if self._here(i, (*place, "resid", s)) is not None]
+            found = [i for i in indices if self._skips(i, place)]
             for index in found:
                 self.fired[index] += 1
             return streams if found else None
 
         return instead
+
+    def _skips(self, index: int, place: tuple[str, int]) -> bool:
+        """Whether an edit skips a block in the call under way: a skip of any stream is one of the block."""
+        return any(self._here(index, (*place, "resid", stream)) is not None for stream in self._extent.stack(*place).streams)
+
+    def _unchanging(self, index: int, place: tuple[str, int], stream: str) -> Callable[[Tensor], Tensor | None]:
+        def visit(update: Tensor) -> Tensor | None:
+            if not self._skips(index, place):
+                return None
+            self.fired[index] += stream == self._extent.stack(*place).streams[0]
+            return torch.zeros_like(update)
+
+        return visit
 
     def _attending(
         self, cuts: Sequence[tuple[int, KnockoutAttention]], place: tuple[str, int, str]
@@ -305,6 +349,8 @@ class Editor:
                 " the pipeline does not follow its scheduler's own timesteps, so noise cannot be matched to it"
             )
         for index, edit in now:
+            if latents.ndim != 5:
+                raise InputError(f"{edit}: latents of shape {tuple(latents.shape)} have no (frames, height, width) to replace in")
             frames, rows = edit.chosen(latents.shape[2]), edit.chosen_rows(latents.shape[0])
             for row, frame in itertools.product(rows, frames) if edit.replaces else ():
                 if (row, frame) in claimed:

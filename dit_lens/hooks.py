@@ -22,6 +22,7 @@ from dit_lens.detours import Detour, detours
 from dit_lens.errors import InputError
 from dit_lens.ports import Port, ports
 from dit_lens.taps import Attention, Bypass, Result, Tap, replaced_attribute
+from dit_lens.visual_tokens import counting
 
 
 class HookEngine:
@@ -40,10 +41,11 @@ class HookEngine:
     ) -> Result:
         """Run `function` with a hook on every tapped module; the hooks go with the call, also when it fails."""
         denoisers = self._architecture.denoisers(self._pipe)
-        stops = ports(self._architecture, denoisers, taps, attentions)
-        ways = detours(self._architecture, denoisers, bypasses)
         attention = _Attention()
         with ExitStack() as attached:
+            visual = attached.enter_context(counting(self._architecture, denoisers))
+            stops = ports(self._architecture, denoisers, taps, attentions, visual)
+            ways = detours(self._architecture, denoisers, bypasses, visual)
             for port in stops:
                 for handle in _hooks(port, attention):
                     attached.callback(handle.remove)

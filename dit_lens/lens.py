@@ -26,18 +26,22 @@ from torch import Tensor
 
 from dit_lens import batching, loading
 from dit_lens.activations import Activations
-from dit_lens.architectures import Architecture, lookup
-from dit_lens.calls import DenoiserCall, sample_of
+from dit_lens.architectures import Architecture, Guidance, lookup
+from dit_lens.architectures.finding import find
+from dit_lens.architectures.guidance import Outline, outline, settings_of
+from dit_lens.calls import DenoiserCall, in_form_of, sample_of
 from dit_lens.describe import Description, describe
 from dit_lens.editor import Editor, as_edits
 from dit_lens.edits import Edit
 from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
 from dit_lens.latent_edits import ReplaceLatents
+from dit_lens.pictures import shown
 from dit_lens.record import Record, Recorder, as_records
 from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
+from dit_lens.rows import by_branch
 from dit_lens.run import Run
-from dit_lens.schedule import Forecast, StepClock, forecast
+from dit_lens.schedule import Clock, Forecast, StepClock, forecast, forecast_with
 from dit_lens.selection import Extent, Selector
 from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute, to_host
 
@@ -97,7 +101,8 @@ class Lens:
 
     def __init__(self, pipe: Any, engine: str, name: str, folder: Path | None = None) -> None:
         self.pipe = pipe
-        self.architecture: Architecture = lookup(pipe)
+        self._architecture = lookup(pipe)
+        self._outlines: dict[Any, Outline] = {}
         self.name = name
         self.engine = engine
         self._folder = folder
@@ -107,13 +112,50 @@ class Lens:
     def __repr__(self) -> str:
         return f"Lens({self.name!r}, {type(self.pipe).__name__}, engine={self.engine!r})"
 
+    @property
+    def architecture(self) -> Architecture:
+        """What is known about the pipeline's family: its record, or what was found by watching it.
+
+        Raises:
+            InputError: there is no record, and it was not watched yet.
+        """
+        if self._architecture is None:
+            raise InputError(
+                f"there is no record for a {type(self.pipe).__name__}, so it is watched in its first run: call"
+                " lens.discover(...) with the arguments of a run, or describe it with dl.register(Architecture(...))"
+            )
+        return self._architecture
+
+    def discover(self, **inputs: Any) -> Architecture:
+        """Find out what the pipeline's blocks, streams and sites are by watching its first denoiser call; once is enough.
+
+        `run`, `forecast` and `extent` do it by themselves where there is no record. It costs the beginning of a run, and about
+        thirty times the beginning of a denoiser call.
+
+        Args:
+            inputs: the pipeline's arguments, as for `run`.
+
+        Raises:
+            InputError: what was seen allows no answer; the message says what was seen.
+        """
+        if self._architecture is None:
+            with self._alone(progress=False):
+                self._know(inputs)
+        return self.architecture
+
+    def _know(self, inputs: Mapping[str, Any]) -> Architecture:
+        """The architecture, found with these arguments where it is not known."""
+        if self._architecture is None:
+            self._architecture = find(self.pipe, inputs)
+        return self._architecture
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the weights: of the files where the lens loaded a folder, of the values in memory elsewhere."""
         if self._folder is not None:
             return loading.folder_hash(self._folder)
-        modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
-        return loading.state_hash(modules)
+        parts = getattr(self.pipe, "components", None) or self.architecture.denoisers(self.pipe)
+        return loading.state_hash({name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)})
 
     def describe(self) -> Description:
         """Experts, blocks, streams, sites, guidance, schedule and token layout; print it to see a table."""
@@ -193,7 +235,7 @@ class Lens:
                 self._check_uncached()
             self._check_until(until, decode, foreseen)
             extent = self._extent(foreseen)
-            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records else None
+            recorder = Recorder(records, extent, self._width, limit_bytes) if records else None
             editor = self._editor(changes, extent, call.seeds, call.groups, recorder)
             stored = Answers(answers or {}, foreseen, self.pipe, self.architecture)
             stored.check_reach([*editor.cells, *(recorder.cells if recorder else ())])
@@ -203,7 +245,8 @@ class Lens:
                     if part is not None:
                         part.begin(clock)
 
-            clock = StepClock(self.pipe, self.architecture, begin, editor.rewrite, keep_calls, until)
+            guidance = self._guidance(foreseen)
+            clock = StepClock(self.pipe, self.architecture, begin, editor.rewrite, keep_calls, until, guidance)
 
             def run() -> Any:
                 with stored.serving(clock):
@@ -212,11 +255,11 @@ class Lens:
             # Edits first: what is recorded is what they left.
             taps = [*editor.taps, *(recorder.taps if recorder else ())]
             with clock, call.context(self.pipe):
-                output = self._tapped(run, taps, [*stored.bypasses(clock), *editor.bypasses], editor.attentions)
+                output = self._tapped(run, clock, taps, [*stored.bypasses(clock), *editor.bypasses], editor.attentions)
             stored.check_asked(clock.step)
         fired = editor.finish()
         activations = recorder.finish() if recorder else Activations()
-        video = to_host(output.frames.movedim(2, -1)) if decode else None
+        video = shown(output) if decode else None
         return self._run(call, clock, video, activations, fired)
 
     def replay(
@@ -263,7 +306,7 @@ class Lens:
             stored = Answers(start, foreseen, self.pipe, self.architecture)
             clock = clock_of(call, self.pipe, self.architecture)
             extent = self._extent(foreseen)
-            recorder = Recorder(records, extent, self.architecture, limit_bytes) if records else None
+            recorder = Recorder(records, extent, self._width, limit_bytes) if records else None
             editor = self._editor(changes, extent, call.seeds, call.prompts, recorder)
             stored.check_reach([*editor.cells, *(recorder.cells if recorder else ())])
             editor.begin(clock)
@@ -271,13 +314,15 @@ class Lens:
                 recorder.begin(clock)
             output = self._tapped(
                 lambda: denoiser(*call.args, **call.kwargs),
+                clock,
                 [*taps, *editor.taps, *(recorder.taps if recorder else ())],
                 [*stored.bypasses(clock), *bypasses, *editor.bypasses],
                 [*attentions, *editor.attentions],
             )
         editor.finish()
         activations = recorder.finish() if recorder else Activations()
-        return Replay(call, sample_of(output), activations)
+        rows = sample_of(output).chunk(len(clock.shared))[clock.shared.index(call.branch)]
+        return Replay(call, in_form_of(call.latents, rows), activations)
 
     def decode(
         self, latents: Float[Tensor, "*batch channels frames height width"], rows: int | None = None
@@ -308,6 +353,7 @@ class Lens:
     def _tapped(
         self,
         function: Callable[[], Result],
+        clock: Clock,
         taps: Sequence[Tap],
         bypasses: Sequence[Bypass] = (),
         attentions: Sequence[Attention] = (),
@@ -315,7 +361,7 @@ class Lens:
         """Run a function with taps and the like in place; without any, no engine has a part in it."""
         if not (taps or bypasses or attentions):
             return function()
-        return self._engine.call(function, taps, bypasses, attentions)
+        return self._engine.call(function, *by_branch(clock, taps, bypasses, attentions))
 
     @cached_property
     def _engine(self) -> Engine:
@@ -341,15 +387,23 @@ class Lens:
 
     def _extent(self, foreseen: Forecast) -> Extent:
         """What there is to select from."""
-        denoisers = self.architecture.denoisers(self.pipe)
+        architecture, denoisers = self.architecture, self.architecture.denoisers(self.pipe)
+        stacks = {name: tuple(block.stack for block in architecture.blocks(module)) for name, module in denoisers.items()}
+        known = (architecture.guidance or Guidance()).branches
         return Extent(
-            blocks={name: len(self.architecture.block_list(module)) for name, module in denoisers.items()},
+            blocks={name: len(found) for name, found in stacks.items()},
             forecast=foreseen,
-            branches=self.architecture.branches,
-            streams=self.architecture.streams,
-            sites=self.architecture.sites,
-            heads=self.architecture.heads(next(iter(denoisers.values()))),
+            branches=tuple(dict.fromkeys((*known, *foreseen.branches))),
+            streams=architecture.streams,
+            sites=architecture.sites,
+            heads=architecture.heads(next(iter(denoisers.values()))),
+            stacks=stacks,
         )
+
+    @property
+    def _width(self) -> int:
+        """Channels of a visual token."""
+        return self.architecture.width(next(iter(self.architecture.denoisers(self.pipe).values())))
 
     def _editor(
         self,
@@ -359,9 +413,8 @@ class Lens:
         prompts: tuple[int, ...],
         recorder: Recorder | None,
     ) -> Editor:
-        width = self.architecture.width(next(iter(self.architecture.denoisers(self.pipe).values())))
         recorded = recorder.selections if recorder else ()
-        return Editor(edits, extent, self.architecture, self.pipe.scheduler, width, seeds, prompts, recorded)
+        return Editor(edits, extent, self.pipe.scheduler, self._width, seeds, prompts, recorded)
 
     def _run(
         self,
@@ -391,12 +444,28 @@ class Lens:
             fired=fired,
             text_tokens=clock.text_tokens,
             calls={place: replace(kept, seeds=call.seeds, prompts=call.groups) for place, kept in clock.calls.items()},
+            sign=clock.sign,
         )
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:
-        defaults = inspect.signature(type(self.pipe).__call__).parameters
-        steps, scale = (inputs.get(name, defaults[name].default) for name in ("num_inference_steps", "guidance_scale"))
-        return forecast(self.pipe, self.architecture, steps, scale)
+        architecture = self._know(inputs)
+        if architecture.guidance is not None:
+            defaults = inspect.signature(type(self.pipe).__call__).parameters
+            steps, scale = (inputs.get(name, defaults[name].default) for name in ("num_inference_steps", "guidance_scale"))
+            return forecast(self.pipe, architecture, steps, scale)
+        # What the pipeline makes of its arguments is seen where it begins; prompts and pictures have no part in it.
+        key = tuple(sorted((name, settings_of(value)) for name, value in inputs.items()))
+        if key not in self._outlines:
+            self._outlines[key] = outline(self.pipe, architecture.denoisers(self.pipe), inputs)
+        seen = self._outlines[key]
+        return forecast_with(self.pipe, architecture, seen.scheduler, seen.guidance)
+
+    def _guidance(self, foreseen: Forecast) -> Guidance:
+        """How the branches of a run are called."""
+        if self.architecture.guidance is not None:
+            return self.architecture.guidance
+        kind = "batched" if foreseen.batched else "sequential" if len(foreseen.branches) > 1 else "none"
+        return Guidance(kind, foreseen.branches)
 
     @contextmanager
     def _alone(self, progress: bool) -> Iterator[None]:

@@ -162,3 +162,8 @@ def weighted(weights: tuple[float, float], sample: Tensor, output: Tensor) -> Te
     """a * sample + b * output, in float32 or better."""
     at_least = torch.promote_types(torch.promote_types(sample.dtype, output.dtype), torch.float32)
     return weights[0] * sample.to(at_least) + weights[1] * output.to(at_least)
+
+
+def signed(weights: tuple[float, float] | None, sign: int) -> tuple[float, float] | None:
+    """The weights of x0-hat for an output that the pipeline multiplies by a sign before the scheduler receives it."""
+    return None if weights is None else (weights[0], sign * weights[1])

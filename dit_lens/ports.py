@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from dit_lens.architectures import Architecture
 from dit_lens.errors import InputError, listed
 from dit_lens.sites import Gate, Site
 from dit_lens.taps import Attention, Tap
+from dit_lens.visual_tokens import VisualTokens
 
 CALL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
 """The parameters of scaled dot-product attention in their order, in torch and in diffusers' dispatch to it."""
@@ -53,18 +55,21 @@ class Port:
         denoiser: nn.Module,
         place: Place,
         taps: Sequence[Tap],
-        attentions: Sequence[Attention] = (),
+        attentions: Sequence[Attention],
+        visual: VisualTokens,
     ) -> None:
-        self._architecture = architecture
-        self._taps = [(tap, architecture.site(tap.site, tap.stream)) for tap in taps]
+        block = architecture.blocks(denoiser)[place.block]
+        self._stack = block.stack
+        self._taps = [(tap, block.stack.site(tap.site, tap.stream)) for tap in taps]
         self._attentions = attentions
-        self._heads = architecture.heads(denoiser)
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        path = architecture.block_paths(denoiser)[place.block]
+        self._heads = architecture.heads(denoiser, block.stack)
+        self._visual = visual
+        self._arguments: dict[str, Any] = {}
+        self._taken = torch.empty(0)
         self.expert = place.expert
         self.kind = place.kind
-        self.path = f"{path}.{place.module}" if place.module else path
-        self.block = denoiser.get_submodule(path)
+        self.path = f"{block.path}.{place.module}" if place.module else block.path
+        self.block = block.module
         self.module = self.block.get_submodule(place.module)
         self.calls = architecture.attention_calls(self.module)
 
@@ -153,43 +158,61 @@ class Port:
 
         A torch hook holds them in both engines: a block that is skipped then leaves nothing of an earlier call behind.
         """
-        if not any(site.in_float32 for _, site in self._taps):
+        if not any(site.in_float32 or site.columns for _, site in self._taps):
             yield
             return
         with ExitStack() as hooks:
             hooks.callback(self._forget)
+            if any(site.columns for _, site in self._taps):
+                hooks.callback(self.module.register_forward_pre_hook(self._take).remove)
             hooks.callback(self.block.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
             hooks.callback(self.block.register_forward_hook(self._forget).remove)
             yield
 
     def _remember(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = (args, kwargs)
+        given = self._stack.arguments(block, args, kwargs)
+        if self._stack.in_place:
+            given |= {name: given[name].clone() for name in self._stack.parameters}
+        self._arguments = given
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._taken = args[0]
 
     def _forget(self, *_: object) -> None:
-        self._call = ((), {})
+        self._arguments, self._taken = {}, torch.empty(0)
 
     def _passing(self, value: Any, tap: Tap, site: Site) -> Tensor:
         """The one tensor that a site is about, among those that pass."""
         if not site.module:
-            return self._architecture.streams_out(value)[tap.stream]
-        return value[site.item] if isinstance(value, tuple) else value
+            return self._stack.streams_out(value, self._visual.count)[tap.stream]
+        tensor = value[site.item] if isinstance(value, tuple) else value
+        tensor = site.as_tokens(tensor)
+        if site.columns is not None:
+            tensor = self._projected(site.columns, tensor)
+        return self._stack.apart(tensor, site.within, self._visual.count)[tap.stream] if site.within else tensor
+
+    def _projected(self, columns: tuple[int, int], output: Tensor) -> Tensor:
+        """What the projection of this port makes of some columns of what it takes in."""
+        weight: Any = self.module.weight
+        first, end = columns
+        return linear(self._taken[..., first:end], weight[:, first:end]).to(output)
 
     def _before(self, stream: str) -> Tensor:
         """The stream that the block took, in float32."""
-        return self._architecture.streams_in(self.block, *self._call)[stream].float()
+        return self._stack.streams_in(self._arguments, self._visual.count)[stream].float()
 
     def _gate(self, gate: Gate) -> Tensor:
         """The factor of a contribution in the call under way."""
-        return gate.of(self.block, self._architecture.arguments(self.block, *self._call))
+        return gate.of(self.block, self._arguments)
 
     def _read(self, value: Any, tap: Tap, site: Site) -> Tensor:
+        if site.measures == "pair":
+            value = (torch.cat(value[:2], dim=-1),)
         tensor = self._passing(value, tap, site)
         if site.measures == "change":
             return tensor.float() - self._before(tap.stream)
         if site.measures == "contribution":
             return tensor.float() * self._gate(site.gate) if site.gate else tensor.float()
-        if site.measures == "pair":
-            return torch.cat(value[:2], dim=-1)
         return tensor.unflatten(-1, (self._heads, -1)) if site.per_head and tensor.ndim == 3 else tensor
 
     def _written(self, value: Any, tap: Tap, site: Site, seen: Tensor, given: Tensor) -> Any:
@@ -200,7 +223,17 @@ class Port:
             given = (self._before(tap.stream) + given).to(old).where(given != seen, old)
         new = given.reshape(old.shape).to(old)
         if not site.module:
-            return self._architecture.replaced(value, {tap.stream: new})
+            return self._stack.replaced(value, {tap.stream: new}, self._visual.count)
+        whole = value[site.item] if isinstance(value, tuple) else value
+        tokens = site.as_tokens(whole)
+        parts = self._stack.apart(tokens, site.within, self._visual.count) if site.within else {tap.stream: tokens}
+        if site.columns is not None:
+            # What the other columns and the bias add stays as it was, and so does what did not change.
+            rest = parts[tap.stream]
+            new = (rest.float() + (new.float() - old.float())).to(rest).where(new != old, rest)
+        if site.within:
+            new = torch.cat(list({**parts, tap.stream: new}.values()), dim=1)
+        new = site.as_passing(new, whole)
         if not isinstance(value, tuple):
             return new
         return (*value[: site.item], new, *value[site.item + 1 :])
@@ -210,16 +243,18 @@ def ports(
     architecture: Architecture,
     denoisers: Mapping[str, nn.Module],
     taps: Sequence[Tap],
-    attentions: Sequence[Attention] = (),
+    attentions: Sequence[Attention],
+    visual: Mapping[str, VisualTokens],
 ) -> list[Port]:
     """The ports at which an engine has to stop for these taps and attentions."""
+    blocks = {expert: architecture.blocks(denoiser) for expert, denoiser in denoisers.items()}
     groups: dict[Place, tuple[list[Tap], list[Attention]]] = {}
     for tap in taps:
-        site = architecture.site(tap.site, tap.stream)
+        site = blocks[tap.expert][tap.block].stack.site(tap.site, tap.stream)
         groups.setdefault(Place(tap.expert, tap.block, site.module, site.port), ([], []))[0].append(tap)
     for attention in attentions:
         if attention.site not in ATTENTION_SITES:
             raise InputError(f"{attention.site!r} is no attention module; write {' or '.join(map(repr, ATTENTION_SITES))}")
-        module = architecture.site(attention.site).module
+        module = blocks[attention.expert][attention.block].stack.site(attention.site).module
         groups.setdefault(Place(attention.expert, attention.block, module, "attention"), ([], []))[1].append(attention)
-    return [Port(architecture, denoisers[place.expert], place, *group) for place, group in groups.items()]
+    return [Port(architecture, denoisers[place.expert], place, *group, visual[place.expert]) for place, group in groups.items()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_lens.activations import Activations, Entry
-from dit_lens.architectures import Architecture
+from dit_lens.architectures import Layout
 from dit_lens.errors import InputError
 from dit_lens.reducers import Reducer, full, reducer_name
 from dit_lens.schedule import Clock
@@ -56,18 +56,19 @@ class Recorder:
 
     Args:
         records: what to record. extent: what there is, for resolving selections before the run.
-        architecture: tells the width of the streams. limit_bytes: how much may be kept on the CPU.
+        width: of a visual token, to say how much will be kept. limit_bytes: how much may be kept on the CPU.
 
     Raises:
         InputError: a selection is out of range or empty.
     """
 
-    def __init__(self, records: tuple[Record, ...], extent: Extent, architecture: Architecture, limit_bytes: int) -> None:
+    def __init__(self, records: tuple[Record, ...], extent: Extent, width: int, limit_bytes: int) -> None:
         for record in records:
             if isinstance(record.reduce, Reducer):
                 record.reduce.check(record.selector)
         self._records = records
-        self._architecture = architecture
+        self._extent = extent
+        self._width = width
         self._limit = limit_bytes
         self._steps = len(extent.forecast.timesteps)
         self._wanted = [{cell: cell for cell in record.selector.cells(extent)} for record in records]
@@ -91,7 +92,7 @@ class Recorder:
     def taps(self) -> list[Tap]:
         """One tap for each site of each block that some record wants."""
         places = dict.fromkeys((c.expert, c.block, c.site, c.stream) for wanted in self._wanted for c in wanted)
-        order = {site.name: place for place, site in enumerate(self._architecture.sites)}
+        order = {site.name: place for place, site in enumerate(self._extent.sites)}
         return [
             Tap(expert, block, site, self._visitor(expert, block, site, stream), stream)
             for expert, block, site, stream in sorted(places, key=lambda p: (p[0], p[1], order[p[2]], p[3]))
@@ -101,15 +102,15 @@ class Recorder:
         """At the first denoiser call: check token selections, and say what will be kept, before any block runs."""
         assert clock.layout is not None
         self._clock = clock
-        denoiser = self._architecture.denoisers(clock.pipe)[clock.expert]
-        whole, heads = (clock.batch, *clock.layout.shape, self._architecture.width(denoiser)), self._architecture.heads(denoiser)
         for index, record in enumerate(self._records):
-            record.selector.check_tokens(clock.layout)
+            if any(cell.stream == "visual" for cell in self._wanted[index]):
+                record.selector.check_tokens(clock.layout)
             if record.sink is None and isinstance(record.reduce, Reducer):
                 # The library's own reducers run on tensors without storage, which tells the size of what they keep.
                 for cell in self._wanted[index]:
-                    site = self._architecture.site(cell.site, cell.stream)
-                    shape = (*whole[:-1], whole[-1] * site.side_by_side)
+                    site, heads = self._extent.site(cell), self._extent.heads
+                    tokens = clock.layout.shape if cell.stream == "visual" else (1, 1, clock.text_tokens or clock.layout.tokens)
+                    shape = (clock.batch, *tokens, self._width * site.side_by_side)
                     stand_in = torch.empty(shape, dtype=torch.float32 if site.in_float32 else clock.dtype, device="meta")
                     stand_in = stand_in.unflatten(-1, (heads, -1)) if site.per_head else stand_in
                     self._bytes[index] += record.reduce(record.selector.take_tokens(stand_in), cell).nbytes
@@ -151,7 +152,9 @@ class Recorder:
         assert clock is not None
         assert clock.layout is not None
         check_label(cell, clock.timestep)
-        visual = tokens.detach().unflatten(1, clock.layout.shape)
+        layout = clock.layout if cell.stream == "visual" else Layout.line(tokens.shape[1])
+        visual = tokens.detach().unflatten(1, layout.shape)
+        record.selector.check_tokens(layout)
         kept = to_host(record.reduce(record.selector.take_tokens(visual), cell))
         self._taken[index] += 1
         if record.sink is not None:

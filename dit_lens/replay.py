@@ -9,7 +9,7 @@ Nothing here changes a bit: a denoiser computes the same output from the same ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dit_lens.activations import Activations
-from dit_lens.architectures import Architecture, Layout
-from dit_lens.calls import DenoiserCall, returned, taken_latents, text_length
+from dit_lens.architectures import Architecture, Layout, Stack
+from dit_lens.calls import DenoiserCall, returned
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import weighted
 from dit_lens.schedule import Clock, Forecast
@@ -41,28 +41,30 @@ class Resume:
     block: int
     streams: Tensor | Mapping[str, Tensor]
 
-    def check(self, architecture: Architecture, blocks: int) -> None:
-        """Raise an InputError for a block that does not exist, or streams that are not the architecture's."""
+    def check(self, stacks: Sequence[Stack]) -> None:
+        """Raise an InputError for a block that there is not, or other streams than it takes; `stacks` has one for every block."""
+        blocks = len(stacks)
         if not 1 <= self.block <= blocks:
             raise InputError(
                 f"a call cannot resume at block {self.block}: there are {blocks} blocks, write 1 to {blocks} ({blocks}"
                 " runs none of them)"
             )
-        given = set(self._named(architecture))
-        if given != set(architecture.streams):
-            raise InputError(f"to resume, the streams {listed(architecture.streams)} are needed, not {listed(sorted(given))}")
+        streams = stacks[self.block - 1].streams
+        given = set(self._named(streams))
+        if given != set(streams):
+            raise InputError(f"to resume, the streams {listed(streams)} are needed, not {listed(sorted(given))}")
 
     def reaches(self, block: int, site: str) -> bool:
         """Whether a site can be seen in this call: those of blocks that run, and the stored streams themselves."""
         return block >= self.block or (block == self.block - 1 and site == "resid")
 
-    def instead(self, architecture: Architecture, block: int, streams: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    def instead(self, block: int, streams: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
         """What a block hands on that would take these streams; None when it is to run."""
         if block >= self.block:
             return None
         if block < self.block - 1:
             return streams
-        stored = self._named(architecture)
+        stored = self._named(tuple(streams))
         return {name: self._fitted(stored[name], stream) for name, stream in streams.items()}
 
     def _fitted(self, stored: Tensor, stream: Tensor) -> Tensor:
@@ -75,11 +77,11 @@ class Resume:
             )
         return tokens.to(stream)
 
-    def _named(self, architecture: Architecture) -> Mapping[str, Tensor]:
-        return {architecture.streams[0]: self.streams} if isinstance(self.streams, Tensor) else self.streams
+    def _named(self, streams: Sequence[str]) -> Mapping[str, Tensor]:
+        return {streams[0]: self.streams} if isinstance(self.streams, Tensor) else self.streams
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReplayClock:
     """The moment of one denoiser call that is made again."""
 
@@ -87,12 +89,22 @@ class ReplayClock:
     expert: str
     step: int
     branch: str
+    shared: tuple[str, ...]
     timestep: float
     sigma: float
     layout: Layout
     batch: int
     dtype: torch.dtype
     text_tokens: int | None
+
+    @contextmanager
+    def within(self, branch: str) -> Iterator[None]:
+        """As `StepClock.within`."""
+        before, self.branch = self.branch, branch
+        try:
+            yield
+        finally:
+            self.branch = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +118,11 @@ class Replay:
     """
 
     call: DenoiserCall
-    velocity: Float[Tensor, "batch channels frames height width"] = field(repr=False)
+    velocity: Float[Tensor, "batch ..."] = field(repr=False)
     activations: Activations
 
     @property
-    def x0_hat(self) -> Float[Tensor, "batch channels frames height width"]:
+    def x0_hat(self) -> Float[Tensor, "batch ..."]:
         """The clean latents that the velocity implies, in float32.
 
         Raises:
@@ -126,15 +138,23 @@ def forecast_of(call: DenoiserCall) -> Forecast:
     timesteps, sigmas = call.levels
     # No expert has this name, so that no selection finds a cell at another step.
     experts = [call.expert if step == call.step else "(not replayed)" for step in range(len(timesteps))]
-    return Forecast(timesteps, sigmas, tuple(experts), (call.branch,))
+    shared = call.shared or (call.branch,)
+    return Forecast(timesteps, sigmas, tuple(experts), shared, batched=len(shared) > 1)
 
 
 def clock_of(call: DenoiserCall, pipe: Any, architecture: Architecture) -> ReplayClock:
     """The clock that tells visitors which call it is."""
-    moment = (call.expert, call.step, call.branch, call.timestep, call.sigma)
+    shared = call.shared or (call.branch,)
     denoiser = architecture.denoisers(pipe)[call.expert]
-    layout, text = architecture.layout(denoiser, call.taken.shape), text_length(denoiser, call.args, call.kwargs)
-    return ReplayClock(pipe, *moment, layout, call.taken.shape[0], call.taken.dtype, text)
+    arguments = architecture.arguments(denoiser, call.args, call.kwargs)
+    latents, text = architecture.taken(arguments), arguments.get(architecture.text)
+    return ReplayClock(
+        pipe, call.expert, call.step, shared[0], shared, call.timestep, call.sigma,
+        layout=architecture.layout(denoiser, arguments),
+        batch=len(latents) // len(shared),
+        dtype=latents.dtype,
+        text_tokens=text.shape[1] if isinstance(text, Tensor) and text.ndim > 2 else None,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -170,7 +190,8 @@ class Answers:
     """What is stored for a run: by (step, branch), the denoiser's output, or the streams that it can resume from.
 
     Args:
-        answers: a tensor (the output as the run of `Run.answers` had it) or a `Resume` for each call that has one.
+        answers: a tensor (the output as the run of `Run.answers` had it) or a `Resume` for each call that has one. Where one
+            call holds several branches, what is not there for all of them is left out, and computed.
         forecast, pipe, architecture: of the run that they are for.
 
     Raises:
@@ -197,9 +218,22 @@ class Answers:
                     f"answers= holds one for step {place[0]}, {place[1]!r}, and this run has {steps} steps (0 to"
                     f" {steps - 1}) and the branches {listed(forecast.branches)}"
                 )
+        if forecast.batched:
+            self._leave_out(forecast.branches)
         for (step, _), resume in self._resumes.items():
             denoiser = self._denoisers[forecast.experts[step]]
-            resume.check(architecture, len(architecture.block_list(denoiser)))
+            resume.check([block.stack for block in architecture.blocks(denoiser)])
+
+    def _leave_out(self, branches: tuple[str, ...]) -> None:
+        """Leave out what is stored for some branches of a call and not for all: it is computed anyway."""
+        for step in {step for step, _ in (*self._outputs, *self._resumes)}:
+            places = [(step, branch) for branch in branches]
+            whole = all(place in self._outputs for place in places)
+            same = len({self._resumes[place].block if place in self._resumes else None for place in places} - {None}) == 1
+            if not whole and not (same and all(place in self._resumes for place in places)):
+                for place in places:
+                    self._outputs.pop(place, None)
+                    self._resumes.pop(place, None)
 
     def check_reach(self, cells: Iterable[Cell]) -> None:
         """Raise an InputError for a cell that lies in what is not computed."""
@@ -226,7 +260,7 @@ class Answers:
             if resume is None:
                 return None
             self._asked.add(place)
-            return resume.instead(self._architecture, block, streams)
+            return resume.instead(block, streams)
 
         return instead
 
@@ -249,11 +283,13 @@ class Answers:
         @functools.wraps(forward)
         def answering(*args: Any, **kwargs: Any) -> Any:
             place = (clock.step, clock.branch)
-            stored = self._outputs.get(place)
-            if stored is None:
+            if place not in self._outputs:
                 return forward(*args, **kwargs)
-            self._asked.add(place)
-            latents = taken_latents(denoiser, args, kwargs)
+            shared = [(clock.step, branch) for branch in clock.shared]
+            self._asked.update(shared)
+            parts = [self._outputs[one] for one in shared]
+            stored = parts[0] if len(parts) == 1 else torch.cat(parts)
+            latents = self._architecture.taken(self._architecture.arguments(denoiser, args, kwargs))
             if (stored.shape[0], *stored.shape[2:]) != (latents.shape[0], *latents.shape[2:]):
                 raise InputError(
                     f"the stored output for step {place[0]}, {place[1]!r}, has shape {tuple(stored.shape)}, and the denoiser"

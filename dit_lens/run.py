@@ -25,7 +25,7 @@ from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
 from dit_lens.calls import DenoiserCall
 from dit_lens.errors import InputError, listed
-from dit_lens.noise import weighted
+from dit_lens.noise import signed, weighted
 from dit_lens.selection import Cell
 
 FORMAT = 1
@@ -50,6 +50,7 @@ class Run:
         fired: how often each edit was applied, by its place in `edits=`.
         text_tokens: number of text tokens that the denoiser read, padding included; None where it reads no text.
         calls: every call of a denoiser by (step, branch), when they were asked for; on the model's device, and not saved.
+        sign: -1 where the pipeline negates what the denoiser returns before the scheduler receives it.
     """
 
     seeds: tuple[int, ...]
@@ -60,14 +61,15 @@ class Run:
     sigmas: Float[Tensor, " steps"]
     experts: tuple[str, ...]
     branches: tuple[str, ...]
-    latents: Float[Tensor, "steps+1 batch channels frames height width"]
-    outputs: Mapping[str, Float[Tensor, "steps batch channels frames height width"]] = field(repr=False)
+    latents: Float[Tensor, "steps+1 batch ..."]
+    outputs: Mapping[str, Float[Tensor, "steps batch ..."]] = field(repr=False)
     weights: tuple[tuple[float, float] | None, ...] = field(repr=False)
     video: Float[Tensor, "batch video_frames video_height video_width 3"] | None = None
     activations: Activations = field(default_factory=Activations)
     fired: Mapping[int, int] = field(default_factory=dict)
     text_tokens: int | None = None
     calls: Mapping[tuple[int, str], DenoiserCall] = field(default_factory=dict, repr=False)
+    sign: int = 1
 
     @property
     def batch(self) -> int:
@@ -79,7 +81,7 @@ class Run:
         """Number of `scheduler.step` calls."""
         return len(self.timesteps)
 
-    def velocity(self, step: int, branch: str = "guided") -> Float[Tensor, "batch channels frames height width"]:
+    def velocity(self, step: int, branch: str = "guided") -> Float[Tensor, "batch ..."]:
         """The denoiser's output at a step, of one branch or guided, as it came.
 
         In flow matching that is the velocity noise - x0; with other schedulers it is what they call their prediction.
@@ -97,7 +99,7 @@ class Run:
         steps = self.steps if before is None else self._step(before)
         return {(step, branch): self.outputs[branch][step] for step in range(steps) for branch in self.branches}
 
-    def x0_hat(self, step: int, branch: str = "guided") -> Float[Tensor, "batch channels frames height width"]:
+    def x0_hat(self, step: int, branch: str = "guided") -> Float[Tensor, "batch ..."]:
         """The clean latents that the denoiser's output at a step implies, in float32.
 
         Args:
@@ -108,7 +110,7 @@ class Run:
             InputError: there is no such step or branch, or the output implies no clean sample there.
         """
         output = self.velocity(step, branch)
-        weights = self.weights[self._step(step)]
+        weights = signed(self.weights[self._step(step)], 1 if branch == "guided" else self.sign)
         if weights is None:
             raise InputError(f"there is no x0-hat at step {step}: the sample is pure noise, the output epsilon")
         return weighted(weights, self.latents[self._step(step)], output)
@@ -165,7 +167,7 @@ class Run:
         if not runs:
             raise InputError("there are no runs to join")
         first = runs[0]
-        same = ("layout", "scheduler", "timesteps", "experts", "branches", "weights", "fired", "text_tokens")
+        same = ("layout", "scheduler", "timesteps", "experts", "branches", "weights", "fired", "text_tokens", "sign")
         for other in runs[1:]:
             differing = [name for name in same if getattr(other, name) != getattr(first, name)]
             if differing:
@@ -241,7 +243,7 @@ class Run:
         outputs = {name: tensors[f"outputs.{name}"] for name in ("guided", *labels["branches"])}
         weights = tuple(None if pair is None else tuple(pair) for pair in labels["weights"])
         return Run(
-            **{name: _tuple(labels[name]) for name in _LABELS if name != "weights"},
+            **{name: _tuple(labels[name]) for name in _LABELS if name in labels and name != "weights"},
             weights=weights,
             layout=Layout(**labels["layout"]),
             fired=dict(labels["fired"]),
@@ -258,7 +260,7 @@ class Run:
         return step % self.steps
 
 
-_LABELS = ("seeds", "prompts", "scheduler", "timesteps", "experts", "branches", "weights", "text_tokens")
+_LABELS = ("seeds", "prompts", "scheduler", "timesteps", "experts", "branches", "weights", "text_tokens", "sign")
 
 
 def _tuple(value: Any) -> Any:

@@ -13,42 +13,50 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from dit_lens.architectures import Architecture, Layout
-from dit_lens.calls import DenoiserCall, detached, sample_of, taken_latents, text_length, versions
+from dit_lens.architectures import Architecture, Guidance, Layout
+from dit_lens.calls import DenoiserCall, detached, in_form_of, sample_of, versions
 from dit_lens.errors import InputError, listed
-from dit_lens.noise import forget_history, noise_state, x0_weights
+from dit_lens.noise import forget_history, noise_state, signed, x0_weights
 from dit_lens.taps import Result, replaced_attribute, to_host
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will do, known before it starts: timestep, sigma and expert of every step, and the branches."""
+    """What a run will do, known before it starts: timestep, sigma and expert of every step, and the branches.
+
+    `batched` says whether one call of the denoiser holds the rows of all branches.
+    """
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
     experts: tuple[str, ...]
     branches: tuple[str, ...]
+    batched: bool = False
 
 
 def forecast(pipe: Any, architecture: Architecture, num_inference_steps: int, guidance_scale: float) -> Forecast:
-    """The schedule that a pipeline call with these arguments will follow; the pipeline's scheduler is left alone."""
+    """The schedule that a pipeline call with these arguments will follow; the pipeline's scheduler is left alone.
+
+    For an architecture whose guidance is known, in a pipeline that sets nothing but the number of its scheduler's steps.
+    """
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
+    return forecast_with(pipe, architecture, scheduler, architecture.guidance_at(guidance_scale))
+
+
+def forecast_with(pipe: Any, architecture: Architecture, scheduler: Any, guidance: Guidance) -> Forecast:
+    """The forecast for a scheduler whose steps are set."""
     timesteps, sigmas = levels(scheduler)
-    return Forecast(
-        timesteps=timesteps,
-        sigmas=sigmas,
-        experts=tuple(architecture.expert_at(pipe, timestep) for timestep in timesteps),
-        branches=architecture.branches_at(guidance_scale),
-    )
+    experts = tuple(architecture.expert_at(pipe, timestep) for timestep in timesteps)
+    return Forecast(timesteps, sigmas, experts, guidance.branches, guidance.batched)
 
 
 def levels(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -69,6 +77,9 @@ class Clock(Protocol):
     def expert(self) -> str: ...
     @property
     def branch(self) -> str: ...
+    @property
+    def shared(self) -> tuple[str, ...]: ...
+    def within(self, branch: str) -> AbstractContextManager[None]: ...
     @property
     def timestep(self) -> float: ...
     @property
@@ -94,9 +105,11 @@ class StepClock:
 
     While the denoiser runs: `step`, `expert`, `branch`, `timestep`, `sigma`, and from the first call on `layout`,
     `batch` and `dtype` (of what the denoiser takes), and `text_tokens` (how many it takes; None where it takes none).
+    Where a call holds the rows of several branches, these are `shared`, `batch` is the rows of one, and `branch` is the first
+    of them but `within` another.
     After the run, one entry per step: `timesteps`, `sigmas`, `experts`, `weights` (of x0-hat), `samples` (what the
     scheduler received, then its last result) and `outputs[step, branch]`, with the branch `guided` for what the scheduler
-    received; tensors of shape (batch, channels, frames, height, width) on the CPU.
+    received; tensors of shape (batch, channels, *space) on the CPU. `sign` is -1 where the pipeline negates outputs.
 
     Args:
         pipe, architecture: the pipeline, and what is known about its family.
@@ -107,6 +120,7 @@ class StepClock:
             A multistep solver begins anew where the latents change, as its history belongs to the old ones.
         keep_calls: whether to keep every denoiser call, as `calls[step, branch]`.
         until: the last step to run; `stopping` then ends the pipeline call.
+        guidance: how the branches are called; the architecture's own when left out.
     """
 
     def __init__(
@@ -117,8 +131,10 @@ class StepClock:
         rewrite: Callable[[int, Tensor], Tensor | None] | None = None,
         keep_calls: bool = False,
         until: int | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self.pipe = pipe
+        self._guidance = guidance or architecture.guidance or Guidance()
         self._architecture = architecture
         self._begin = begin
         self._rewrite = rewrite
@@ -132,6 +148,8 @@ class StepClock:
         self.step = 0
         self.expert = ""
         self.branch = ""
+        self.shared: tuple[str, ...] = ()
+        self.sign = 1
         self.timestep = math.nan
         self.sigma = math.nan
         self.layout: Layout | None = None
@@ -174,6 +192,8 @@ class StepClock:
             stepping = self._stepping(scheduler, scheduler.step)
             attached.enter_context(replaced_attribute(scheduler, "step", stepping))
             if self._rewrite is not None:
+                if not hasattr(self.pipe, "prepare_latents"):
+                    raise InputError(f"a {type(self.pipe).__name__} has no prepare_latents, so its latents cannot be replaced")
                 preparing = self._preparing(self.pipe.prepare_latents)
                 attached.enter_context(replaced_attribute(self.pipe, "prepare_latents", preparing))
             self._attached = attached.pop_all()
@@ -182,48 +202,69 @@ class StepClock:
     def __exit__(self, *_: object) -> None:
         self._attached.close()
         if self._last is not None:
-            self.samples.append(to_host(self._last))
+            self.samples.append(to_host(self._last[: self.batch]))
             self._last = None
+
+    @contextmanager
+    def within(self, branch: str) -> Iterator[None]:
+        """A context in which the rows of one of the branches of the call are looked at."""
+        before, self.branch = self.branch, branch
+        try:
+            yield
+        finally:
+            self.branch = before
 
     def _before_call(self, expert: str, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.expert = expert
-        self.branch = self._branch()
+        self.shared = self._called()
+        self.branch = self.shared[0]
         self._calls += 1
-        if self.branch not in self.branches:
-            self.branches.append(self.branch)
+        self.branches += [branch for branch in self.shared if branch not in self.branches]
         self.timestep = self._timestep()
         self.sigma = noise_state(self.pipe.scheduler, self.timestep).sigma
         if self.layout is None:
-            latents = taken_latents(denoiser, args, kwargs)
-            self.layout = self._architecture.layout(denoiser, latents.shape)
-            self.batch = latents.shape[0]
+            arguments = self._architecture.arguments(denoiser, args, kwargs)
+            latents, text = self._architecture.taken(arguments), arguments.get(self._architecture.text)
+            self.layout = self._architecture.layout(denoiser, arguments)
+            self.batch = len(latents) // len(self.shared)
             self.dtype = latents.dtype
-            self.text_tokens = text_length(denoiser, args, kwargs)
+            self.text_tokens = text.shape[1] if isinstance(text, Tensor) and text.ndim > 2 else None
             if self._begin is not None:
                 self._begin(self)
         if self._keep_calls:
             named = {name: detached(value) for name, value in kwargs.items()}
             written = versions(args, kwargs)
-            self._pending[self.branch] = {"args": tuple(map(detached, args)), "kwargs": named, "versions": written}
+            for branch in self.shared:
+                self._pending[branch] = {
+                    "args": tuple(map(detached, args)), "kwargs": named, "versions": written,
+                    "shared": self.shared, "parameter": self._architecture.latents,
+                }  # fmt: skip
 
-    def _branch(self) -> str:
-        """The name that the pipeline gave the call; where it gives none, the place of the call in its step."""
-        if self._context is not None:
-            return self._context
-        if self._calls >= len(self._architecture.branches):
-            raise RuntimeError(
-                f"step {self.step} calls the denoiser more often than {self._architecture.name} has branches:"
-                f" {listed(self._architecture.branches)}"
+    def _called(self) -> tuple[str, ...]:
+        """The branches of a call: the name that the pipeline gave it, or else the place of the call in its step."""
+        branches = self._guidance.branches
+        if self._guidance.batched and self._calls == 0:
+            return branches
+        if not self._guidance.batched and self._context is not None and (self._context in branches or len(branches) > 1):
+            return (self._context,)
+        if self._guidance.batched or self._calls >= len(branches):
+            raise InputError(
+                f"step {self.step} calls the denoiser more often than {self._architecture.name} has branches"
+                f" ({listed(branches)}): activations cannot be labelled; give arguments without further guidance"
             )
-        return self._architecture.branches[self._calls]
+        return (branches[self._calls],)
 
     def _timestep(self) -> float:
         """The timestep of the step under way; what the denoiser receives may be spread over samples or tokens."""
-        current = getattr(self.pipe, "_current_timestep", None)
-        return float(self.pipe.scheduler.timesteps[self.step] if current is None else current)
+        timesteps = self.pipe.scheduler.timesteps
+        if self.step < len(timesteps):
+            return float(timesteps[self.step])
+        raise RuntimeError(f"the pipeline makes more steps than its scheduler has timesteps ({len(timesteps)})")
 
     def _after_call(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.outputs[self.step, self.branch] = to_host(sample_of(output))
+        rows = to_host(sample_of(output)).chunk(len(self.shared))
+        for branch, part in zip(self.shared, rows, strict=True):
+            self.outputs[self.step, branch] = part.clone() if len(self.shared) > 1 else part
 
     def _naming(self, cache_context: Callable[..., Any]) -> Callable[..., Any]:
         """The denoiser's `cache_context`, remembering the name that it was entered with."""
@@ -256,8 +297,10 @@ class StepClock:
             self.sigmas.append(self.sigma)
             self.experts.append(self.expert)
             self.weights.append(x0_weights(noise_state(scheduler, self.timestep)))
-            self.samples.append(to_host(call["sample"]))
-            self.outputs[self.step, "guided"] = to_host(call["model_output"])
+            # A pipeline may step the rows of all branches, which are then alike.
+            self.samples.append(to_host(call["sample"][: self.batch]))
+            self.outputs[self.step, "guided"] = to_host(call["model_output"][: self.batch])
+            self._form_outputs()
             self._file_calls()
             result = step(*args, **kwargs)
             self.step += 1
@@ -278,6 +321,22 @@ class StepClock:
 
         return stepping
 
+    def _form_outputs(self) -> None:
+        """Bring the outputs of the step under way into the form of its latents, and see whether the pipeline negates them."""
+        branches = [branch for step, branch in self.outputs if step == self.step and branch != "guided"]
+        if set(branches) != set(self.branches):
+            raise InputError(
+                f"step {self.step} calls {listed(branches)}, and a step before it {listed(self.branches)}: a run whose guidance"
+                " changes on the way cannot be labelled; give arguments with which every step calls the same branches"
+            )
+        for branch in branches:
+            self.outputs[self.step, branch] = in_form_of(self.samples[-1], self.outputs[self.step, branch])
+        if self._architecture.guidance is None and self.step == 0:
+            # Guided is a sum of the branches, with weights that add up to about 1, or -1.
+            parts = torch.stack([self.outputs[0, branch].double().flatten() for branch in branches], dim=1)
+            weights = torch.linalg.lstsq(parts, self.outputs[0, "guided"].double().flatten()[:, None]).solution
+            self.sign = -1 if weights.sum() < 0 else 1
+
     def _file_calls(self) -> None:
         """File the denoiser calls of the step under way; all of what they are part of is known at its end."""
         if self._pending and not self._levels[0]:
@@ -285,7 +344,7 @@ class StepClock:
         for branch, call in self._pending.items():
             place = {"expert": self.expert, "step": self.step, "branch": branch}
             self.calls[self.step, branch] = DenoiserCall(
-                **place, **call, latents=self.samples[-1], weights=self.weights[-1], levels=self._levels
+                **place, **call, latents=self.samples[-1], weights=signed(self.weights[-1], self.sign), levels=self._levels
             )
         self._pending = {}
 

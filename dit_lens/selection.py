@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_lens.architectures import Layout
+from dit_lens.architectures import Layout, Stack
 from dit_lens.errors import InputError, listed
 from dit_lens.schedule import Forecast
 from dit_lens.sites import BLOCK_SITES, Site
@@ -60,7 +60,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Extent:
-    """All that there is to select from in one run: the blocks of each expert, the schedule, the streams, sites, heads."""
+    """All that there is to select from in one run.
+
+    Attributes:
+        blocks: how many each expert has. forecast: the schedule. branches, streams, sites, heads: all that some block has.
+        stacks: for each expert the stack of every block, as not every block has all of it; all are alike when left out.
+    """
 
     blocks: dict[str, int]
     forecast: Forecast
@@ -68,6 +73,15 @@ class Extent:
     streams: tuple[str, ...]
     sites: tuple[Site, ...] = BLOCK_SITES
     heads: int = 0
+    stacks: Mapping[str, tuple[Stack, ...]] = field(default_factory=dict)
+
+    def stack(self, expert: str, block: int) -> Stack:
+        """The stack of a block."""
+        return self.stacks[expert][block] if self.stacks else Stack("blocks", self.streams, self.streams, sites=self.sites)
+
+    def site(self, cell: Cell) -> Site:
+        """The record of a cell's site."""
+        return self.stack(cell.expert, cell.block).site(cell.site, cell.stream)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +130,13 @@ class Selector:
             depths = [block / count for block in range(count)]
             blocks = self.numbers("block", self.block, count) & self._levels("depth", self.depth, depths)
             level = {"sigma": forecast.sigmas[step], "timestep": forecast.timesteps[step]}
+            there = {block: self._there(extent, expert, block, places) for block in sorted(blocks)}
             selected += [
                 Cell(expert, step, branch, block, site, stream, **level, depth=depths[block])
                 for branch in forecast.branches
                 if branch in branches
-                for block in sorted(blocks)
-                for site, stream in places
+                for block in there
+                for site, stream in there[block]
             ]
         if not selected:
             raise InputError(
@@ -129,6 +144,16 @@ class Selector:
                 f" {len(forecast.timesteps)} steps, {listed(_spans(forecast))}"
             )
         return selected
+
+    def _there(self, extent: Extent, expert: str, block: int, places: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those of some (site, stream) that a block has; a block that was named is to have one of them."""
+        stack = extent.stack(expert, block)
+        there = [place for place in stack.offered if place in places]
+        if not there and not (_everything(self.block) and _everything(self.depth)):
+            offered = listed(dict.fromkeys(f"{site} of {stream}" for site, stream in stack.offered))
+            wanted = listed(f"{site} of {stream}" for site, stream in places)
+            raise InputError(f"{self}: block {block} of {expert} has no {wanted}; it has {offered}")
+        return there
 
     def _places(self, extent: Extent) -> list[tuple[str, str]]:
         """The selected (site, stream) in the order in which a block computes them."""
@@ -142,7 +167,11 @@ class Selector:
                 raise InputError(f"{self}: head= belongs to {offered}")
             self.numbers("head", self.head, extent.heads)
         found = [(site, stream) for site in extent.sites for stream in streams if site.name in sites]
-        return [(site.name, stream) for site, stream in found if site.stream in (None, stream)]
+        chosen = list(dict.fromkeys((site.name, stream) for site, stream in found if site.stream in (None, stream)))
+        if not chosen:
+            offered = listed(f"{site.name} of {site.stream}" for site in extent.sites if site.stream is not None)
+            raise InputError(f"{self}: no block has {listed(sites)} of {listed(streams)}; there is {offered}")
+        return chosen
 
     def check_tokens(self, layout: Layout) -> None:
         """Raise an InputError when `frames` or `tokens` do not fit the layout of the visual tokens."""

@@ -53,6 +53,12 @@ class Site:
         module: path of the module to stop at, inside the block; empty for the block itself.
         port: `output`, `input` or `attention`.
         item: which of the tensors that pass there, where there are several.
+        within: the streams whose tokens lie one after the other in that tensor; none where it holds those of one stream, or of
+            all that the block itself has joined.
+        form: of the tensor: `tokens`, (batch, tokens, channels); `heads`, (batch, tokens, heads, channels of one), side by side;
+            `picture`, (batch, channels, rows, columns), whose tokens are its rows and columns.
+        columns: of a projection that takes in the outputs of several modules side by side, those of this one (first, last + 1);
+            the site is what the projection makes of them, without its bias.
         stream: the token stream that the tensor belongs to; None where the block has one such tensor for every stream.
         per_head: whether it has one row per attention head.
         measures: `value`, what passes; `pair`, the queries and keys side by side, from which weights are recomputed, and
@@ -65,10 +71,23 @@ class Site:
     module: str = ""
     port: Literal["output", "input", "attention"] = "output"
     item: int = 0
+    within: tuple[str, ...] = ()
+    form: Literal["tokens", "heads", "picture"] = "tokens"
+    columns: tuple[int, int] | None = None
     stream: str | None = None
     per_head: bool = False
     measures: Literal["value", "pair", "change", "contribution"] = "value"
     gate: Gate | None = None
+
+    def as_tokens(self, tensor: Tensor) -> Tensor:
+        """What passes, as (batch, tokens, channels)."""
+        if self.form == "picture":
+            return tensor.flatten(2).mT
+        return tensor.flatten(2) if self.form == "heads" else tensor
+
+    def as_passing(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """Tokens in the form in which the tensor passes, with the shape of another that did."""
+        return (tokens.mT if self.form == "picture" else tokens).reshape(like.shape)
 
     @property
     def read_only(self) -> bool:

@@ -17,20 +17,24 @@ from typing import Any
 import nnsight
 from nnsight._c import unmount
 from nnsight.intervention.interleaver import OutOfOrderError
-from torch import nn
+from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture
 from dit_lens.detours import Detour, detours
 from dit_lens.errors import InputError, listed
 from dit_lens.ports import Port, ports
 from dit_lens.taps import Attention, Bypass, Result, Tap
+from dit_lens.visual_tokens import counting
 
 # nnsight mounts `.save` on every Python object, which breaks dataclasses and argparse options of that name in code that
 # has nothing to do with it. Nothing here needs it.
 unmount("save")
 
-ATTENTION_CALL = "dispatch_attention_fn"
-"""The function of diffusers through which an attention processor hands q, k and v to scaled dot-product attention."""
+ATTENTION_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dispatch_attention_fn": lambda tensor: tensor,
+    "scaled_dot_product_attention": lambda tensor: tensor.transpose(1, 2),
+}
+"""Functions that attention hands q, k and v to: diffusers' own, which takes (batch, tokens, heads, channels), and torch's."""
 
 
 class TracingEngine:
@@ -58,9 +62,11 @@ class TracingEngine:
         if self._wrapped != denoisers:
             self._wrapped = denoisers
             self._model = nnsight.NNsight(nn.ModuleDict(denoisers))
-        stops = ports(self._architecture, denoisers, taps, attentions)
-        workers = [_Worker(self._model, stop) for stop in (*detours(self._architecture, denoisers, bypasses), *stops)]
         with ExitStack() as attached:
+            visual = attached.enter_context(counting(self._architecture, denoisers))
+            stops = ports(self._architecture, denoisers, taps, attentions, visual)
+            ways = detours(self._architecture, denoisers, bypasses, visual)
+            workers = [_Worker(self._model, stop) for stop in (*ways, *stops)]
             for port in stops:
                 attached.enter_context(port.remembering())
             return _trace(self._model, function, workers)
@@ -101,9 +107,9 @@ class _Worker:
             self._envoy.input = replacement
 
     def _attention(self) -> None:
-        call = self._attention_call()
+        call, order = self._attention_call()
         given = call.inputs
-        args, kwargs, output = self._port.visit_call(*given)
+        args, kwargs, output = self._port.visit_call(given[0], given[1], order)
         if args is not given[0]:
             call.inputs = (args, kwargs)
         if output is not None:
@@ -122,24 +128,25 @@ class _Worker:
         assert isinstance(self._stop, Port)
         return self._stop
 
-    def _attention_call(self) -> Any:
-        """nnsight's node for the call that hands q, k and v on, inside the processor of the attention module.
+    def _attention_call(self) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        """nnsight's node for the call that hands q, k and v on, and what brings them into the order of sites, and back.
 
-        Where a processor has several such calls, the last one is the module's own; those before it attend to further
-        keys, as to those of a picture in cross-attention.
+        The call is in the processor of the attention module, or in the module itself where it has none. Where there are several
+        such calls, the last one is the module's own; those before it attend to further keys, as to those of a picture in
+        cross-attention.
         """
-        path, source = self._port.path, self._envoy.source
+        source = self._envoy.source
         processors = [name for name in source.names if "processor" in name]
-        if not processors:
-            raise InputError(f"{path} calls no processor, where q, k and v are read; it calls {listed(source.names)}")
-        inside = source.node(processors[-1]).source
-        calls = [name for name in inside.names if name.startswith(ATTENTION_CALL)]
-        if not calls:
-            raise InputError(
-                f"the processor of {path} never calls {ATTENTION_CALL}, where q, k and v are read; engine='hooks' reads"
-                " them from torch's scaled_dot_product_attention"
-            )
-        return inside.node(calls[-1])
+        inside = source.node(processors[-1]).source if processors else source
+        for function, order in ATTENTION_CALLS.items():
+            calls = [name for name in inside.names if function in name]
+            if calls:
+                return inside.node(calls[-1]), order
+        where = f"the processor of {self._port.path}" if processors else self._port.path
+        raise InputError(
+            f"{where} never calls {' or '.join(ATTENTION_CALLS)}, where q, k and v are read; it calls {listed(inside.names)}; a"
+            " function further inside is seen with engine='hooks'"
+        )
 
 
 def _trace(model: Any, function: Callable[[], Result], workers: Sequence[_Worker]) -> Result:

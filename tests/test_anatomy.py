@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -11,11 +12,11 @@ from test_discovery import small
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_lens.architectures import WAN
+from dit_lens.architectures import WAN, Stack
 from dit_lens.architectures.anatomy import Anatomy, anatomy
-from dit_lens.architectures.discovery import Stack, discover
+from dit_lens.architectures.discovery import discover
 from dit_lens.architectures.watching import watched
-from dit_lens.sites import BLOCK_SITES, Site
+from dit_lens.sites import BLOCK_SITES, Site, attention_sites
 
 WIDTH, TOKENS = 8, 6
 
@@ -88,36 +89,61 @@ def found(block: nn.Module, words: int = 4, single: bool = False) -> Anatomy:
     given = {"tokens": torch.randn(2, TOKENS, WIDTH), "words": torch.randn(2, words, WIDTH)}
     (call,) = watched(small(Denoiser(block)), given)
     streams = ("visual",) if single else ("visual", "text")
-    stack = Stack("blocks", type(block).__name__, 1, streams, ("tokens", "words")[: len(streams)], tuple(range(len(streams))))
+    stack = Stack("blocks", streams, ("tokens", "words")[: len(streams)])
     return anatomy(stack, call, {"visual": TOKENS, "text": words})
 
 
 def test_every_part_is_of_its_kind_and_of_its_stream() -> None:
     there = found(Block(look=Attend(), across=Attend(), think=mlp(), spoken=mlp()))
-    parts = [Site("attn", "look", stream="visual"), Site("cross_attn", "across", stream="visual")]
+    parts = [replace(site, stream="visual") for site in attention_sites("look", "back")]
+    parts += [Site("attn", "look", stream="visual"), Site("cross_attn", "across", stream="visual")]
     parts += [Site("mlp", "think", stream="visual"), Site("mlp", "spoken", stream="text")]
-    assert there == Anatomy((*parts, *BLOCK_SITES), ())
+    assert there == Anatomy((*parts, *BLOCK_SITES), (), heads=1)
 
 
 @pytest.mark.parametrize("words", [4, TOKENS])
 def test_cross_attention_is_told_even_where_lengths_are_equal(words: int) -> None:
-    assert found(Block(across=Attend()), words).sites[0] == Site("cross_attn", "across", stream="visual")
+    assert found(Block(across=Attend()), words) == Anatomy((Site("cross_attn", "across", stream="visual"), *BLOCK_SITES), ())
 
 
 def test_attention_that_never_calls_the_usual_function() -> None:
     assert found(Block(linear=Attend(usual=False))).sites[0] == Site("attn", "linear", stream="visual")
 
 
+def test_a_module_for_several_streams_has_a_part_of_each() -> None:
+    order = ("visual", "text")
+    assert found(Block(both=mlp())).sites[:2] == tuple(Site("mlp", "both", stream=stream, within=order) for stream in order)
+    there = {(site.name, site.stream): site for site in found(Block(both=Attend())).sites}
+    for name in ("attn", "heads", "q", "k", "v", "qk"):
+        assert [there[name, stream].within for stream in order] == [order, order]
+    # What mixes the streams later hides whose tokens they were, but not how many.
+    assert Site("mlp", "think", stream="visual") in found(Block(think=mlp(), both=Attend())).sites
+
+
+def test_one_projection_of_attention_and_mlp_is_two_blocks_of_columns() -> None:
+    there = found(Fused(), single=True)
+    assert there.missed == ()
+    assert [site for site in there.sites if site.columns] == [
+        Site("attn", "shrink", columns=(0, WIDTH)), Site("mlp", "shrink", columns=(WIDTH, 3 * WIDTH))
+    ]  # fmt: skip
+
+
+def test_the_second_of_a_kind_has_a_number() -> None:
+    twice = found(Block(think=mlp(), look=Attend(), again=mlp(), there=Attend()))
+    modules = {site.name: site.module for site in twice.sites if not site.per_head and site.module}
+    assert modules == {"mlp": "think", "attn": "look", "mlp_2": "again", "attn_2": "there"}
+    assert {site.name: site.module for site in twice.sites if site.name.startswith("q")} == {
+        "q": "look", "qk": "look", "q_2": "there", "qk_2": "there"
+    }  # fmt: skip
+
+
 def test_what_no_site_stands_for_is_named() -> None:
-    assert found(Block(both=mlp())) == Anatomy(BLOCK_SITES, ("both",))
-    twice = found(Block(think=mlp(), again=mlp(), look=Attend()))
-    assert twice == Anatomy((Site("attn", "look", stream="visual"), *BLOCK_SITES), ("think", "again"))
-    fused = found(Fused(), single=True)
-    assert (fused.sites[0].module, fused.missed) == ("attention", ("shrink",))
+    # Where streams are as long as each other, and mixed later, nobody can tell.
+    assert found(Block(think=mlp(), both=Attend()), TOKENS).missed == ("think",)
     # What a part adds for nobody to hear is not its stream's.
     idle = Block(look=Attend(), think=mlp())
     idle.order.remove("think")
-    assert [site.module for site in found(idle).sites if site.module] == ["look"]
+    assert "mlp" not in [site.name for site in found(idle).sites]
 
 
 def of(denoiser: nn.Module, **given: Any) -> dict[str, Anatomy]:
@@ -136,7 +162,7 @@ def test_wan_has_the_sites_of_its_record() -> None:
     inputs = {"timestep": torch.tensor([500]), "encoder_hidden_states": torch.randn(1, 7, 16)}
     there = of(denoiser, hidden_states=torch.randn(1, 4, 3, 8, 6), **inputs)["blocks"]
     written = tuple(site for site in WAN.sites if site.measures != "contribution")
-    assert there == Anatomy(written, ())
+    assert there == Anatomy(written, (), heads=2)
 
 
 def test_both_streams_of_an_mmdit() -> None:
@@ -150,4 +176,9 @@ def test_both_streams_of_an_mmdit() -> None:
     there = of(denoiser, hidden_states=torch.randn(1, 4, 8, 6), encoder_hidden_states=torch.randn(1, 7, 32), **inputs)
     sites = [Site("attn", "attn", stream="visual"), Site("attn", "attn", item=1, stream="text")]
     sites += [Site("mlp", "ff", stream="visual"), Site("mlp", "ff_context", stream="text")]
-    assert there == {"transformer_blocks": Anatomy((*sites, *BLOCK_SITES), ())}
+    inside = there["transformer_blocks"]
+    assert (inside.missed, inside.heads) == ((), 4)
+    assert [site for site in inside.sites if site.module and not site.per_head] == sites
+    projections = {site.stream: site.module for site in inside.sites if site.name == "heads"}
+    assert projections == {"visual": "attn.to_out.0", "text": "attn.to_add_out"}
+    assert {site.within for site in inside.sites if site.port == "attention"} == {("visual", "text")}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit_lens.architectures.discovery import Found, Patches, Stack, Undecided, discover
+from dit_lens.architectures import Patches, Stack
+from dit_lens.architectures.discovery import Found, Undecided, discover
 
 WIDTH, TEXT = 12, 5
 
@@ -112,9 +113,9 @@ def made(*arguments: Any, **ways: Any) -> Denoiser:
 
 
 DUAL = {
-    ("picture",): (("visual",), ("picture",), (0,)),
-    ("picture", "words"): (("visual", "text"), ("picture", "words"), (0, 1)),
-    ("words", "picture"): (("text", "visual"), ("words", "picture"), (0, 1)),
+    ("picture",): (("visual",), ("picture",), ()),
+    ("picture", "words"): (("visual", "text"), ("picture", "words"), ()),
+    ("words", "picture"): (("text", "visual"), ("words", "picture"), ()),
     ("words", "embedding", "picture"): (("text", "visual"), ("words", "picture"), (0, 2)),
 }
 
@@ -124,8 +125,9 @@ DUAL = {
 def test_streams_are_told_by_what_moves_them(order: tuple[str, ...], text: int) -> None:
     found = discover(made(order), call(text=text))
     (stack,) = found.stacks
-    assert (stack.path, stack.block, stack.count) == ("strange_name", "Block", 3)
+    assert stack.path == "strange_name"
     assert (stack.streams, stack.parameters, stack.places) == DUAL[order]
+    assert stack.returned == (3 if len(order) == 3 else 0)
     assert not stack.joined
     assert found.aside == ("prepare_refiner",)
     assert found.tokens == {"visual": 18, **({"text": text} if "words" in order else {})}
@@ -143,7 +145,7 @@ def test_latents_need_not_be_the_first_argument() -> None:
 def test_a_joined_sequence_is_taken_apart(joined: str, streams: tuple[str, ...]) -> None:
     found = discover(made(("words", "picture"), joined), call())
     assert [stack.path for stack in found.stacks] == ["strange_name", "rest"]
-    assert found.stacks[1] == Stack("rest", "Single", 2, streams, ("sequence",), (0,))
+    assert found.stacks[1] == Stack("rest", streams, ("sequence",), width=WIDTH)
     assert found.stacks[1].joined == (len(streams) > 1)
 
 
@@ -162,7 +164,8 @@ class OneSequence(Denoiser):
 def test_a_sequence_that_is_joined_from_the_start(joined: str, streams: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     found = discover(OneSequence(("words", "picture"), joined).eval(), call())
-    assert found.stacks == (Stack("rest", "Single", 2, streams, ("sequence",), (0,)),)
+    registers = 3 if len(streams) == 3 else 0
+    assert found.stacks == (Stack("rest", streams, ("sequence",), extra=registers, width=WIDTH),)
     assert found.tokens == {name: {"text": TEXT, "visual": 18, "extra": 3}[name] for name in streams}
     assert found.patches == Patches("cfhw", (1, 2, 1))
 
@@ -178,6 +181,7 @@ def test_patches_are_measured() -> None:
 def test_neither_adding_in_place_nor_between_blocks_confuses(way: str) -> None:
     for order in (("picture",), ("words", "picture")):
         (stack,) = discover(made(order, **{way: True}), call()).stacks
+        assert stack.in_place == (way == "inplace")
         assert (stack.streams, stack.parameters, stack.places) == DUAL[order]
 
 
@@ -239,8 +243,8 @@ def test_wan_is_found_as_its_record_says() -> None:
     )  # fmt: skip
     inputs = {"timestep": torch.tensor([500]), "encoder_hidden_states": torch.randn(1, 7, 16)}
     found = discover(denoiser, {"hidden_states": torch.randn(1, 4, 3, 8, 6), **inputs})
-    stack = Stack("blocks", "WanTransformerBlock", 3, ("visual",), ("hidden_states",), (0,))
-    assert found == Found((stack,), (), {"visual": 36}, Patches("cfhw", (1, 2, 2)))
+    stack = Stack("blocks", ("visual",), ("hidden_states",), width=24)
+    assert found == Found("hidden_states", (stack,), (), {"visual": 36}, Patches("cfhw", (1, 2, 2)))
 
 
 def test_dual_and_joined_blocks_of_auraflow() -> None:

@@ -48,7 +48,7 @@ def pipeline(experts: int) -> Any:
 def tap(wish: Wish, clock: list[int], number: int, seen: Seen) -> Tap:
     def visit(tensor: Tensor) -> Tensor | None:
         seen.append((clock[0], number, wish.where, tensor.clone()))
-        if not wish.acts(clock) or WAN.site(wish.where).read_only:
+        if not wish.acts(clock) or WAN.stacks[0].site(wish.where).read_only:
             return None
         return [torch.zeros_like(tensor), tensor.flip(1) * 1.5, tensor + 0.1][wish.kind]
 

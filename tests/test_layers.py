@@ -25,18 +25,19 @@ dit_lens.reasoner.models
 dit_lens.reasoner.train_dit dit_lens.reasoner.train_vae
 dit_lens.reasoner dit_lens.reasoner.train
 dit_lens.sites dit_lens.attention
-dit_lens.architectures.record dit_lens.architectures.watching
-dit_lens.architectures.discovery
+dit_lens.architectures.layout dit_lens.architectures.stack dit_lens.architectures.watching
+dit_lens.architectures.record dit_lens.architectures.discovery dit_lens.architectures.inside
 dit_lens.architectures.anatomy dit_lens.architectures.guidance
-dit_lens.architectures
-dit_lens.taps
+dit_lens.architectures dit_lens.architectures.finding
+dit_lens.taps dit_lens.visual_tokens
 dit_lens.noise dit_lens.calls
 dit_lens.schedule
-dit_lens.selection
+dit_lens.selection dit_lens.rows dit_lens.pictures
 dit_lens.activations dit_lens.reducers dit_lens.grid
 dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours
 dit_lens.hooks dit_lens.tracing
+dit_lens.conformance
 dit_lens.run
 dit_lens.shards dit_lens.directions dit_lens.donors dit_lens.replay
 dit_lens.store

@@ -231,7 +231,7 @@ def test_unnamed_calls_are_branches_by_their_order(image_pipe: Any) -> None:
         assert clock.branch == "cond"
         output = image_pipe.transformer(**call).sample
         assert clock.branch == "uncond"
-        with pytest.raises(RuntimeError, match="step 0 calls the denoiser more often than Wan has branches"):
+        with pytest.raises(dl.InputError, match="step 0 calls the denoiser more often than Wan has branches"):
             image_pipe.transformer(**call)
         with pytest.raises(RuntimeError, match=r"stepped at timestep .* cannot be labelled"):
             image_pipe.scheduler.step(output, image_pipe.scheduler.timesteps[1], output)

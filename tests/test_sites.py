@@ -183,7 +183,11 @@ def test_a_replacement_is_what_the_rest_of_the_block_sees(image_pipe: Any, engin
         ("mlp_contribution", torch.zeros_like, r"'mlp_contribution' of block 1 is read-only; replace 'mlp' instead"),
         ("qk", torch.zeros_like, r"'qk' of block 1 is read-only; replace 'q' or 'k' instead"),
         ("heads", lambda tensor: tensor[:, :1], r"'heads' of block 1 has shape \(1, 8, 2, 8\), .* it \(1, 1, 2, 8\)"),
-        ("logits", torch.zeros_like, r"Wan has no site 'logits' in the stream 'visual'; there is q, k, v, qk, heads, attn"),
+        (
+            "logits",
+            torch.zeros_like,
+            r"the blocks in 'blocks' have no site 'logits' in the stream 'visual'; there is q, k, v, qk, heads, attn",
+        ),
     ],
 )
 def test_what_cannot_be_replaced_is_refused(image_pipe: Any, engine_class: type, site: str, given: Any, message: str) -> None:

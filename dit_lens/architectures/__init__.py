@@ -4,6 +4,8 @@
 wrote a record for, by watching it.
 """
 
-from dit_lens.architectures.record import EXPERTS, WAN, Architecture, Layout, lookup, register
+from dit_lens.architectures.layout import Layout, Patches
+from dit_lens.architectures.record import EXPERTS, WAN, Architecture, Guidance, lookup, register
+from dit_lens.architectures.stack import Block, Stack
 
-__all__ = ["EXPERTS", "WAN", "Architecture", "Layout", "lookup", "register"]
+__all__ = ["EXPERTS", "WAN", "Architecture", "Block", "Guidance", "Layout", "Patches", "Stack", "lookup", "register"]

@@ -3,69 +3,43 @@
 * Attention is where scaled dot-product attention is called: the innermost module around that call. It is *cross* attention where
   keys come from an argument that is no stream of the block.
 * An MLP is what has two linear maps or more, is no attention, and returns tokens.
-* Which stream a module's output belongs to is asked of the block: something is added to that output, and the stream that comes
-  out changed is the one. What changes several streams, or none, is not offered: it is named as missed.
+* Which stream a module's output belongs to is asked of the block: something is added to that output, or to some of its tokens,
+  and the stream that comes out changed is the one. Where a module handles several streams in one sequence, each has its part.
+* Where one projection takes in what attention returned with more beside it, `attn` and `mlp` are its two blocks of columns.
 
+The second module of a kind for one stream is `attn_2` or `mlp_2`. What cannot be told so is not offered: it is named as missed.
 Names are not asked, but for attention that never calls the usual function (linear attention): there a module with queries, keys
 and values of its own is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise, permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
-from dit_lens.architectures.discovery import Stack
+from dit_lens.architectures.inside import returned_tensors, run_inside
+from dit_lens.architectures.stack import Stack
 from dit_lens.architectures.watching import Call, is_stream
 from dit_lens.sites import BLOCK_SITES, Site, attention_sites
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 QUERIES = ("to_q", "to_qkv", "qkv", "q_proj")
+ADDED = 1.5
+"""What is added to an output to see where it goes."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a block of a stack offers, and what was seen in it that no site stands for."""
+    """What a block of a stack offers, what was seen in it that no site stands for, and how many heads its sites have."""
 
     sites: tuple[Site, ...]
     missed: tuple[str, ...]
-
-
-@dataclass(eq=False)
-class _Inside:
-    """What happened in one call of a block: the modules in the order in which they returned, and where attention was called."""
-
-    returned: list[tuple[str, Any, Any]] = field(default_factory=list)
-    attended: list[str] = field(default_factory=list)
-    path: list[str] = field(default_factory=list)
-
-    def output(self, name: str) -> Any:
-        """What a module returned the last time."""
-        return [output for there, _, output in self.returned if there == name][-1]
-
-    def given(self, name: str) -> Any:
-        """What a module was given the last time: args and kwargs."""
-        return [given for there, given, _ in self.returned if there == name][-1]
-
-
-class _Attention(TorchFunctionMode):
-    """Notes in which module scaled dot-product attention is called."""
-
-    def __init__(self, inside: _Inside) -> None:
-        super().__init__()
-        self.inside = inside
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            self.inside.attended.append(self.inside.path[-1] if self.inside.path else "")
-        return func(*args, **(kwargs or {}))
+    heads: int = 0
 
 
 def anatomy(stack: Stack, call: Call, tokens: Mapping[str, int]) -> Anatomy:
@@ -74,149 +48,235 @@ def anatomy(stack: Stack, call: Call, tokens: Mapping[str, int]) -> Anatomy:
     Args:
         call: of one of them, as `watching.watched` records it. tokens: how many each stream has.
     """
-    block, inside = call.block, _Inside()
-    clean = _run(stack, call, tokens, inside)
-    names = list(dict.fromkeys(name for name, _, _ in inside.returned))
-    attentions = list(dict.fromkeys(name for name in inside.attended if name))
-    attentions += [
-        name
-        for name in names
-        if any(hasattr(block.get_submodule(name), part) for part in QUERIES)
-        and not any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in attentions)
-    ]
-    found: list[tuple[int, Site]] = []
-    missed: list[str] = []
-    for name in names:
-        module = block.get_submodule(name)
-        if name in attentions:
-            kind = "cross_attn" if _crosses(inside, name, clean) else "attn"
-        elif _is_mlp(module, name, attentions, inside):
-            kind = "mlp"
-        else:
-            continue
-        order, offered = names.index(name), 0
-        for item, tensor in enumerate(_tensors(inside.output(name))):
-            if not is_stream(tensor):
+    return _Dissection(stack, call, tokens).anatomy()
+
+
+class _Dissection:
+    """One block, run again and again with something added inside."""
+
+    def __init__(self, stack: Stack, call: Call, tokens: Mapping[str, int]) -> None:
+        self.stack, self.call, self.block = stack, call, call.block
+        self.tokens = dict(tokens)
+        self.inside, clean = run_inside(call)
+        self.clean = self._streams(clean)
+        self.names = list(dict.fromkeys(event.name for event in self.inside.returned))
+        self.attentions = list(dict.fromkeys(attended.name for attended in self.inside.attended if attended.name))
+        self.attentions += [name for name in self.names if self._queries(name) and not self._related(name, self.attentions)]
+        self.found: list[tuple[int, Site]] = []
+        self.missed: list[str] = ["(in the block itself)"] if any(not one.name for one in self.inside.attended) else []
+        self.heads = 0
+
+    def anatomy(self) -> Anatomy:
+        """All of it."""
+        fused = self._fused()
+        for name in self.names:
+            kind = self._kind(name)
+            if kind is None or (kind == "attn" and name in fused):
                 continue
-            moved = _moved(stack, call, tokens, name, item, clean)
-            if len(moved) == 1 or (stack.joined and set(moved) == set(stack.streams)):
-                stream = None if stack.joined or len(stack.streams) == 1 else moved[0]
-                found.append((order, Site(kind, name, item=item, stream=stream)))
-                offered += 1
-        if not offered:
-            missed.append(name)
-        elif kind == "attn" and offered == 1 and len(stack.streams) == 1:
-            projection = _projection(block, name, inside)
-            if projection and name in inside.attended:
-                found += [(order - 1, site) for site in attention_sites(name, projection.removeprefix(f"{name}."))]
-    missed += _fused(block, attentions, inside)
-    kinds = {(site.name, site.stream) for _, site in found}
-    # Two modules of one kind for one stream could not be told apart by their names.
-    doubled = [kind for kind in kinds if sum((site.name, site.stream) == kind and not site.per_head for _, site in found) > 1]
-    missed += [site.module for _, site in found if (site.name, site.stream) in doubled]
-    kept = [(order, site) for order, site in found if (site.name, site.stream) not in doubled]
-    return Anatomy((*(site for _, site in sorted(kept, key=lambda pair: pair[0])), *BLOCK_SITES), tuple(missed))
+            sites = list(self._outputs(kind, name))
+            self.found += [(self.names.index(name), site) for site in sites]
+            if not sites:
+                self.missed.append(name)
+        for name in self.attentions:
+            if self._kind(name) == "attn":
+                self.found += [(self.names.index(name) - 1, site) for site in self._attention_sites(name)]
+        sites = _numbered([site for _, site in sorted(self.found, key=lambda pair: pair[0])])
+        per_head = any(site.per_head for site in sites)
+        return Anatomy((*sites, *BLOCK_SITES), tuple(dict.fromkeys(self.missed)), self.heads if per_head else 0)
 
+    def _streams(self, output: Any) -> dict[str, Tensor]:
+        """The streams that the block returned."""
+        return self.stack.streams_out(output, self.tokens.get("visual", 0))
 
-def _fused(block: nn.Module, attentions: list[str], inside: _Inside) -> list[str]:
-    """Linear maps outside of attention that take in what attention returned with more beside it: the MLP's hidden units."""
-    sizes = [sum(value.numel() for value in _tensors(inside.output(name)) if is_stream(value)) for name in attentions]
-    found = []
-    for name, (args, _), _ in inside.returned:
-        apart = not any(name.startswith(f"{other}.") for other in attentions)
-        if apart and isinstance(block.get_submodule(name), nn.Linear) and args and is_stream(args[0]):
-            beside = args[0].numel() not in sizes and any(_begins(args[0], inside.output(other)) for other in attentions)
-            found += [name] if beside else []
-    return found
+    def _queries(self, name: str) -> bool:
+        return any(hasattr(self.block.get_submodule(name), part) for part in QUERIES)
 
+    def _related(self, name: str, others: Sequence[str]) -> bool:
+        """Whether a module is one of others, in one of them, or around one."""
+        return any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in others)
 
-def _begins(given: Tensor, output: Any) -> bool:
-    """Whether the first columns of what a map is given are what attention returned, its streams one after the other."""
-    parts = [value for value in _tensors(output) if is_stream(value)]
-    whole = [torch.cat(some, dim=1) for some in (parts, parts[::-1])]
-    return any(given.shape[:2] == one.shape[:2] and torch.equal(given[..., : one.shape[2]], one) for one in whole)
+    def _kind(self, name: str) -> str | None:
+        if name in self.attentions:
+            return "cross_attn" if self._crosses(name) else "attn"
+        return "mlp" if self._is_mlp(name) else None
 
+    def _crosses(self, name: str) -> bool:
+        """Whether an attention reads from something else than it writes to: it is given two sequences and returns one."""
+        args, kwargs = self.inside.given(name)
+        given = [value for value in (*args, *kwargs.values()) if is_stream(value)]
+        returned = [value for value in returned_tensors(self.inside.output(name)) if self._form(value)]
+        others = [value for value in given[1:] if value is not given[0]]
+        return len(returned) == 1 and any(
+            value.shape[1] != given[0].shape[1] or value.shape == given[0].shape for value in others
+        )
 
-def _crosses(inside: _Inside, name: str, clean: Mapping[str, Tensor]) -> bool:
-    """Whether an attention reads from something else than it writes to: it is given two sequences and returns one."""
-    args, kwargs = inside.given(name)
-    given = [value for value in (*args, *kwargs.values()) if is_stream(value)]
-    returned = [value for value in _tensors(inside.output(name)) if is_stream(value)]
-    others = [value for value in given[1:] if value is not given[0]]
-    return len(returned) == 1 and any(value.shape[1] != given[0].shape[1] or value.shape == given[0].shape for value in others)
+    def _is_mlp(self, name: str) -> bool:
+        """Two linear maps or more in a module that has no attention in it and is in none, nor in another such module."""
+        if self._related(name, self.attentions) or not self._maps_tokens(name):
+            return False
+        parents = [name[:place] for place, letter in enumerate(name) if letter == "."]
+        return not any(
+            parent in self.names and self._maps_tokens(parent) and not self._related(parent, self.attentions)
+            for parent in parents
+        )
 
+    def _maps_tokens(self, name: str) -> bool:
+        maps = sum(isinstance(part, LINEAR) for part in self.block.get_submodule(name).modules())
+        return maps > 1 and self._form(self.inside.output(name)) is not None
 
-def _is_mlp(module: nn.Module, name: str, attentions: list[str], inside: _Inside) -> bool:
-    """Two linear maps or more in a module that has no attention in it and is in none, nor in another such module."""
-    if any(name.startswith(f"{other}.") or other.startswith(f"{name}.") or name == other for other in attentions):
-        return False
-    if sum(isinstance(part, LINEAR) for part in module.modules()) < 2 or not is_stream(inside.output(name)):
-        return False
-    parents = [name[:place] for place, letter in enumerate(name) if letter == "."]
-    returned = {there: output for there, _, output in inside.returned}
-    return not any(parent in returned and _is_mlp_alone(parent, attentions, returned) for parent in parents)
+    def _form(self, value: Any) -> Any:
+        """The form of a module's output, if it can be tokens (see `Site.form`)."""
+        if is_stream(value):
+            return "tokens"
+        if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+            return None
+        lengths = [tensor.shape[1] for tensor in self.clean.values()]
+        if value.shape[1] in (*lengths, sum(lengths)):
+            return "heads"
+        return "picture" if value.shape[2] * value.shape[3] in lengths else None
 
+    def _outputs(self, kind: str, name: str) -> Iterator[Site]:
+        """The sites that a module's output has, one for every stream that is in it."""
+        for item, value in enumerate(returned_tensors(self.inside.output(name))):
+            form = self._form(value)
+            if form is not None:
+                site = Site(kind, name, item=item, form=form)
+                yield from self._placed(site, site.as_tokens(value), lambda rows, site=site: self._moved_by_output(site, rows))
 
-def _is_mlp_alone(parent: str, attentions: list[str], returned: Mapping[str, Any]) -> bool:
-    """Whether a parent is itself such a module."""
-    return is_stream(returned[parent]) and not any(other.startswith(f"{parent}.") for other in attentions)
+    def _placed(self, site: Site, tensor: Tensor, moved: Callable[[slice], set[str]]) -> Iterator[Site]:
+        """A site of the streams that a tensor holds; `moved` says which streams change when something is added to some tokens."""
+        everywhere, count = moved(slice(None)), tensor.shape[1]
+        alike = [stream for stream in self.clean if self.clean[stream].shape[1] == count]
+        if len(self.clean) == 1 and everywhere and len(alike) == 1:
+            yield site
+        elif len(everywhere) == 1 or (everywhere and len(alike) == 1 and alike[0] in everywhere):
+            stream = next(iter(everywhere)) if len(everywhere) == 1 else alike[0]
+            if self.clean[stream].shape[1] == count:
+                yield replace(site, stream=stream)
+        else:
+            order = self._order(count, moved) if everywhere else ()
+            yield from (
+                replace(site, stream=stream if len(self.clean) > 1 else None, within=order)
+                for stream in order
+                if stream in self.clean
+            )
 
+    def _order(self, count: int, moved: Callable[[slice], set[str]]) -> tuple[str, ...]:
+        """How streams lie in so many tokens, those too that the block does not return; none where that cannot be told."""
+        for number in range(2, len(self.tokens) + 1):
+            for order in permutations(self.tokens, number):
+                ends = list(accumulate(self.tokens[stream] for stream in order))
+                parts = [slice(start, end) for start, end in pairwise([0, *ends])]
+                if ends[-1] == count and all(
+                    moved(part) == {stream} & self.clean.keys() for part, stream in zip(parts, order, strict=True)
+                ):
+                    return order
+        return ()
 
-def _projection(block: nn.Module, name: str, inside: _Inside) -> str:
-    """The last linear map in an attention: that of its heads' outputs."""
-    maps = [
-        there
-        for there, _, _ in inside.returned
-        if there.startswith(f"{name}.") and isinstance(block.get_submodule(there), nn.Linear)
-    ]
-    return maps[-1] if maps else ""
+    def _moved_by_output(self, site: Site, rows: slice) -> set[str]:
+        """The streams that change when something is added to some tokens of a module's output."""
 
+        def added(module: nn.Module, args: Any, output: Any) -> Any:
+            tensors = list(returned_tensors(output))
+            changed = site.as_tokens(tensors[site.item]).clone()
+            changed[:, rows] += ADDED
+            tensors[site.item] = changed = site.as_passing(changed, tensors[site.item])
+            return tuple(tensors) if isinstance(output, tuple) else changed
 
-def _moved(stack: Stack, call: Call, tokens: Mapping[str, int], name: str, item: int, clean: Mapping[str, Tensor]) -> list[str]:
-    """The streams that change when something is added to one of the tensors that a module returns."""
-
-    def added(module: nn.Module, args: Any, output: Any) -> Any:
-        tensors = _tensors(output)
-        changed = tuple(tensor + 1.5 if place == item else tensor for place, tensor in enumerate(tensors))
-        return changed if isinstance(output, tuple) else changed[0]
-
-    handle = call.block.get_submodule(name).register_forward_hook(added)
-    try:
-        after = _run(stack, call, tokens, _Inside())
-    finally:
-        handle.remove()
-    return [stream for stream, tensor in clean.items() if not torch.equal(tensor, after[stream])]
-
-
-def _run(stack: Stack, call: Call, tokens: Mapping[str, int], inside: _Inside) -> dict[str, Tensor]:
-    """The streams that a block returns, when it is called again as it was."""
-    given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in call.given.items() if name != "self"}
-    with torch.no_grad(), _hooked(call.block, inside), _Attention(inside):
-        output = call.block(**given)
-    returned = [_tensors(output)[place] for place in stack.places]
-    if not stack.joined:
-        return dict(zip(stack.streams, returned, strict=True))
-    return dict(zip(stack.streams, returned[0].split([tokens[stream] for stream in stack.streams], dim=1), strict=True))
-
-
-@contextmanager
-def _hooked(block: nn.Module, inside: _Inside) -> Iterator[None]:
-    handles = []
-    for name, module in block.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.path.append(name)))
-
-            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                inside.path.pop()
-                inside.returned.append((name, (args, kwargs), output))
-
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
+        handle = self.block.get_submodule(site.module).register_forward_hook(added)
+        try:
+            return self._changed(run_inside(self.call)[1])
+        finally:
             handle.remove()
 
+    def _changed(self, output: Any) -> set[str]:
+        """The streams that are others than in the clean run."""
+        after = self._streams(output)
+        return {stream for stream, tensor in self.clean.items() if not torch.equal(tensor, after[stream])}
 
-def _tensors(output: Any) -> tuple[Any, ...]:
-    return output if isinstance(output, tuple) else (output,)
+    def _fused(self) -> set[str]:
+        """Projections of attention with more beside it: their sites are found; the attentions that have one are returned."""
+        having: set[str] = set()
+        for name in self.attentions:
+            for event in self.inside.returned:
+                args, _ = event.given
+                if not isinstance(self.block.get_submodule(event.name), nn.Linear) or not args or not is_stream(args[0]):
+                    continue
+                width = self._leading(name, args[0])
+                for kind, columns in (("attn", (0, width)), ("mlp", (width, args[0].shape[2]))) if width else ():
+                    whole = Site(kind, event.name, columns=columns)
+                    sites = list(self._placed(whole, event.output, lambda rows, site=whole: self._moved_by_output(site, rows)))
+                    self.found += [(self.names.index(event.name), site) for site in sites]
+                    self.missed += [] if sites else [event.name]
+                    having.add(name)
+        return having
+
+    def _leading(self, name: str, given: Tensor) -> int:
+        """How many columns of what a map is given are what an attention found; 0 where they are all, or none."""
+        results = [one.output.transpose(1, 2).flatten(2) for one in self.inside.attended if one.name == name]
+        returned = [value for value in returned_tensors(self.inside.output(name)) if is_stream(value)]
+        if _fit(returned):
+            results += [torch.cat(some, dim=1) for some in (returned, returned[::-1])]
+        beside = [one.shape[2] for one in results if one.shape[:2] == given.shape[:2] and one.shape[2] < given.shape[2]]
+        widths = [
+            one.shape[2]
+            for one in results
+            if one.shape[:2] == given.shape[:2] and one.shape[2] in beside and torch.equal(given[..., : one.shape[2]], one)
+        ]
+        return next(iter(widths), 0)
+
+    def _attention_sites(self, name: str) -> Iterator[Site]:
+        """q, k and v of an attention, and the heads that its projections take in, where they are those of streams."""
+        calls = [(place, one) for place, one in enumerate(self.inside.attended) if one.name == name]
+        if len(calls) != 1 or any(shape[:3] != calls[0][1].shapes[0][:3] for shape in calls[0][1].shapes):
+            return
+        place, attended = calls[0]
+        whole = Site("q", name, "attention", per_head=True)
+        placed = list(self._placed(whole, attended.output.transpose(1, 2), lambda rows: self._moved_by_call(place, rows)))
+        self.heads = attended.shapes[0][1]
+        for like in placed:
+            yield from (
+                replace(site, stream=like.stream, within=like.within)
+                for site in attention_sites(name, "")
+                if site.port == "attention" and (attended.plain or site.measures != "pair")
+            )
+        after = [event for event in self.inside.returned[attended.position :] if event.name.startswith(f"{name}.")]
+        maps = [event for event in after if isinstance(self.block.get_submodule(event.name), nn.Linear)]
+        seen: set[str | None] = set()
+        for event in maps:
+            args, _ = event.given
+            channels = attended.shapes[0][1] * attended.shapes[0][3]
+            if not args or not is_stream(args[0]) or args[0].shape[2] != channels or not is_stream(event.output):
+                continue
+            plain = Site("heads", event.name)
+            for site in self._placed(plain, event.output, lambda rows, site=plain: self._moved_by_output(site, rows)):
+                if site.stream not in seen:
+                    seen.add(site.stream)
+                    yield replace(site, port="input", per_head=True)
+
+    def _moved_by_call(self, place: int, rows: slice) -> set[str]:
+        """The streams that change when something is added to some queries' results of a call of attention."""
+
+        def added(number: int, output: Tensor) -> Tensor:
+            if number != place:
+                return output
+            changed = output.clone()
+            changed[:, :, rows] += ADDED
+            return changed
+
+        return self._changed(run_inside(self.call, added)[1])
+
+
+def _numbered(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites with names of their own: the second of a name in a stream is `attn_2`, and what is inside it `q_2`."""
+    seen: dict[tuple[str, str | None], int] = {}
+    named = []
+    for site in sites:
+        count = seen[site.name, site.stream] = seen.get((site.name, site.stream), 0) + 1
+        named.append(site if count == 1 else replace(site, name=f"{site.name}_{count}"))
+    return tuple(named)
+
+
+def _fit(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors can be one sequence."""
+    return len({(tensor.shape[0], *tensor.shape[2:]) for tensor in tensors}) == 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, permutations
 from typing import Any
 
@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from dit_lens.architectures.layout import Patches
+from dit_lens.architectures.stack import AUDIO, EXTRA, TEXT, VISUAL, Stack
 from dit_lens.architectures.watching import Call, is_stream, watched
 from dit_lens.errors import InputError, listed
 
-VISUAL, TEXT, AUDIO, EXTRA = "visual", "text", "audio", "extra"
-"""Streams; extra tokens are those that neither latents nor text nor sound change, as registers."""
 ASIDE = ("refiner", "motion_encoder", "face_adapter", "vace_blocks", "connector")
 """In the paths of lists whose modules prepare or add to a stream, and are no blocks of it."""
 FARTHEST = 8
@@ -39,51 +39,16 @@ class Undecided(InputError):
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Blocks of one list, which are called one after the other.
-
-    Attributes:
-        path: of their list, in the denoiser. block: name of their class. count: how many there are.
-        streams: what a block takes and returns, in the order of its return value; where they are joined, of the sequence.
-        parameters: of the block's `forward`, one for each stream, or one for all that are joined.
-        places: where a block returns what `parameters` bring, among all that it returns.
-    """
-
-    path: str
-    block: str
-    count: int
-    streams: tuple[str, ...]
-    parameters: tuple[str, ...]
-    places: tuple[int, ...]
-
-    @property
-    def joined(self) -> bool:
-        """Whether its streams are one sequence."""
-        return len(self.parameters) < len(self.streams)
-
-
-@dataclass(frozen=True)
-class Patches:
-    """How tokens cover the latents.
-
-    Attributes:
-        axes: of the latents after the batch: c channels, f frames, h rows, w columns, t tokens.
-        size: of a patch along each axis but c, in their order.
-    """
-
-    axes: str
-    size: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Found:
     """What `discover` found.
 
     Attributes:
-        stacks: in the order in which they are called. aside: lists that are called, and whose modules are no blocks.
+        latents: the parameter of the denoiser that takes them. stacks: in the order in which they are called, without sites of
+            modules (see `anatomy`). aside: lists that are called, and whose modules are no blocks.
         tokens: how many each stream has in this call. patches: none where tokens lie in no order of the latents.
     """
 
+    latents: str
     stacks: tuple[Stack, ...]
     aside: tuple[str, ...]
     tokens: Mapping[str, int]
@@ -112,8 +77,7 @@ def discover(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Found:
         raise Undecided(
             f"the {name} goes back and forth between {listed(groups)}; describe it with dl.register(Architecture(...))"
         )
-    first = next(iter(groups.values()))[0]
-    marked = _Marked(denoiser, arguments, first)
+    marked = _Marked(denoiser, arguments, next(iter(groups.values()))[0])
     stacks: list[Stack] = []
     tokens: dict[str, int] = {}
     before: list[tuple[tuple[str, ...], Tensor]] = []
@@ -121,6 +85,8 @@ def discover(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Found:
         carried = _carried(members)
         if not carried:
             raise Undecided(f"blocks of {path} of the {name} return nothing that the next one takes; describe it with a record")
+        if not before and members[0] is not marked.first:
+            marked = _Marked(denoiser, arguments, members[0])
         held = [_of_call(members[0], parameter, before, tokens) or marked.streams(parameter) for parameter in carried]
         if not any(VISUAL in streams for streams in held):
             aside = (*aside, path)
@@ -134,14 +100,47 @@ def discover(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Found:
             raise Undecided(f"blocks of {path} of the {name} have a joined sequence and {len(held) - 1} more; write a record")
         flat = tuple(stream for streams in held for stream in streams)
         places = tuple(carried.values())
-        stacks.append(Stack(path, type(members[0].block).__name__, len(members), flat, tuple(carried), places))
+        stack = _stack(path, flat, carried, members[0], tokens)
+        variants = ((number, _variant(stack, carried, call)) for number, call in enumerate(members))
+        stacks.append(replace(stack, variants=tuple((number, other) for number, other in variants if other != stack)))
         before = [(streams, members[-1].returned[place]) for streams, place in zip(held, places, strict=True)]
     if not stacks:
         raise Undecided(f"no list of the {name} carries tokens that change with its latents; describe it with a record")
     # What prepares the visual stream mixes its tokens, so places are marked before it where there is such a list.
     starts = [next(call for call in calls if call.path == path) for path in lists]
     found = (_Marked(denoiser, arguments, start).patches(tokens[VISUAL]) for start in starts)
-    return Found(tuple(stacks), aside, tokens, next((patches for patches in found if patches is not None), None))
+    patches = next((patches for patches in found if patches is not None), None)
+    return Found(marked.latents, tuple(stacks), aside, tokens, patches)
+
+
+def _stack(path: str, streams: tuple[str, ...], carried: Mapping[str, int], call: Call, tokens: Mapping[str, int]) -> Stack:
+    """The record of a list whose first block's call this is."""
+    places = tuple(carried.values())
+    usual = (call.bare and places == (0,)) or (not call.bare and len(call.returned) == len(places) > 1)
+    joined = len(carried) < len(streams)
+    visual = 0 if joined else streams.index(VISUAL)
+    return Stack(
+        path,
+        streams,
+        tuple(carried),
+        places=() if places == tuple(range(len(places))) else places,
+        returned=0 if usual else len(call.returned),
+        extra=tokens.get(EXTRA, 0) if joined and len(streams) > 2 else 0,
+        in_place=any(name in call.wrote for name in carried),
+        width=call.returned[places[visual]].shape[-1],
+    )
+
+
+def _variant(stack: Stack, carried: Mapping[str, int], call: Call) -> Stack:
+    """The record of a block of which this is a call: another one if it returns nothing in the place of a stream."""
+    nothing = tuple(place for place, value in enumerate(call.returned) if value is None)
+    kept = {parameter: place for parameter, place in carried.items() if place not in nothing}
+    if len(kept) == len(carried) or stack.joined:
+        return stack
+    streams = tuple(stream for stream, parameter in zip(stack.streams, stack.parameters, strict=True) if parameter in kept)
+    return replace(
+        stack, streams=streams, parameters=tuple(kept), places=tuple(kept.values()), returned=len(call.returned), nothing=nothing
+    )
 
 
 def _of_call(
@@ -251,7 +250,7 @@ class _Marked:
             start = 0
             for stream, length in regions:
                 if (stream, length) == (VISUAL, count):
-                    tried = {3: ("tc",), 4: ("chw",), 5: ("cfhw", "fchw")}.get(latents.ndim, ())
+                    tried = {3: ("tc", "cf"), 4: ("chw",), 5: ("cfhw", "fchw")}.get(latents.ndim, ())
                     found = (self._patches(latents, axes, parameter, start, count) for axes in tried)
                     return next((patches for patches in found if patches is not None), None)
                 start += length

@@ -7,34 +7,45 @@ that is watched in the first step, of which nothing else is run.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dit_lens.architectures.discovery import Undecided, is_movable
+from dit_lens.architectures.record import Guidance
 
 CONDITIONS = ("prompt", "prompt_2", "prompt_3", "class_labels")
 """Pipeline arguments that say what is asked for; beside those that end in `prompt_embeds` and are not negative."""
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """How the branches are called.
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What the beginning of a run shows: how its branches are called, and its scheduler with the steps that were set."""
 
-    Attributes:
-        kind: `sequential`, a call each; `batched`, one call with the rows of each; `none`, one branch.
-        branches: in the order of their calls, or of their rows.
-    """
+    guidance: Guidance
+    scheduler: Any
 
-    kind: Literal["sequential", "batched", "none"]
-    branches: tuple[str, ...]
+
+def outline(pipe: Any, denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> Outline:
+    """The outline of a run with these arguments; as for `discover_guidance`."""
+    guidance = discover_guidance(pipe, denoisers, inputs)
+    # The last of the two beginnings left the scheduler before its first step.
+    return Outline(guidance, copy.deepcopy(pipe.scheduler))
+
+
+def settings_of(value: Any) -> Any:
+    """What of an argument the outline of a run depends on: numbers and choices as they are, of anything else its kind."""
+    if isinstance(value, (bool, int, float)) or value is None:
+        return repr(value)
+    return (type(value).__name__, getattr(value, "shape", None) or (len(value) if isinstance(value, (list, tuple)) else None))
 
 
 class _FirstStepDone(Exception):
@@ -71,6 +82,15 @@ def discover_guidance(pipe: Any, denoisers: Mapping[str, nn.Module], inputs: Map
     raise Undecided(f"of the {len(rows[0])} rows of a {type(pipe).__name__}'s call, {int(rows[0].sum())} hear the prompt")
 
 
+def first_call(pipe: Any, denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the first call of a denoiser in a run with these arguments, by name."""
+    with torch.no_grad():
+        calls = _first_step(pipe, denoisers, inputs, seed=0)
+    if not calls:
+        raise Undecided(f"a {type(pipe).__name__} calls none of {', '.join(denoisers)} before its scheduler's first step")
+    return {name: value for name, value in calls[0].items() if name != "self"}
+
+
 def _first_step(pipe: Any, denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
     """What the denoisers are given in the first step, call by call."""
     calls: list[dict[str, Any]] = []
@@ -98,7 +118,8 @@ def _watching(pipe: Any, denoisers: Mapping[str, nn.Module], calls: list[dict[st
         del vars(pipe.scheduler)["step"]
         for handle in handles:
             handle.remove()
-        pipe.maybe_free_model_hooks()
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
 
 
 def _asking_for_another(inputs: Mapping[str, Any]) -> dict[str, Any]:

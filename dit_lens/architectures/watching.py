@@ -18,12 +18,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module of a list: what it was given, by parameter, and what it returned."""
+    """One call of a module of a list: what it was given, by parameter, and what it returned.
+
+    `bare` says that it returned one thing and no tuple, `wrote` which of the tensors that it was given it wrote into.
+    """
 
     path: str
     block: nn.Module
     given: dict[str, Any]
     returned: tuple[Any, ...]
+    bare: bool = True
+    wrote: tuple[str, ...] = ()
 
     def taken(self) -> dict[str, Tensor]:
         """The arguments that can be streams: (batch, tokens, channels)."""
@@ -46,18 +51,23 @@ def watched(denoiser: nn.Module, arguments: Mapping[str, Any], until: str = "") 
 def _hooked(denoiser: nn.Module, calls: list[Call], until: str) -> Iterator[None]:
     """Record calls while the block runs; tensors are copied, as what is added in place later would change them."""
     waiting: dict[nn.Module, dict[str, Any]] = {}
+    versions: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
     handles = []
 
     def before(path: str, block: nn.Module, args: Any, kwargs: Any) -> None:
         given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
         waiting[block] = {name: _copy(value) for name, value in given.items()}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and not value.is_inference()}
+        versions[block] = {name: (value, value._version) for name, value in tensors.items()}
         if path == until:
             calls.append(Call(path, block, waiting.pop(block), ()))
             raise _Enough
 
     def after(path: str, block: nn.Module, output: Any) -> None:
         returned = output if isinstance(output, tuple) else (output,)
-        calls.append(Call(path, block, waiting.pop(block), tuple(_copy(value) for value in returned)))
+        wrote = tuple(name for name, (tensor, version) in versions.pop(block).items() if tensor._version != version)
+        copies = tuple(_copy(value) for value in returned)
+        calls.append(Call(path, block, waiting.pop(block), copies, not isinstance(output, tuple), wrote))
 
     for path, block in _listed_modules(denoiser):
         handles.append(
