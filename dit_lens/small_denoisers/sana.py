@@ -1,4 +1,4 @@
-"""Small denoisers of the Sana family: linear attention among visual tokens, cross-attention to the text, convolutions in the MLP."""
+"""Small denoisers of the Sana family: linear attention, cross-attention to the text, convolutions in the MLP."""
 
 from __future__ import annotations
 
