@@ -11,15 +11,14 @@ from typing import Any
 from torch import nn
 
 from dit_lens.errors import InputError
-from dit_lens.small_denoisers import chunked, crossed, ltx, lumina, sana, sounds, wan, wan_kin
+from dit_lens.small_denoisers import chunked, crossed, ltx, lumina, sana, sounds, videos, wan, wan_kin
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_denoisers.refused import NO_DIT
 
 __all__ = ["DENOISERS", "NO_DIT", "Blocks", "SmallDenoiser", "denoiser"]
 
-DENOISERS: dict[str, SmallDenoiser] = {
-    small.name: small for family in (chunked, crossed, ltx, lumina, sana, sounds, wan, wan_kin) for small in family.ALL
-}
+FAMILIES = (chunked, crossed, ltx, lumina, sana, sounds, videos, wan, wan_kin)
+DENOISERS: dict[str, SmallDenoiser] = {small.name: small for family in FAMILIES for small in family.ALL}
 """Every small denoiser, by the name of its class."""
 
 

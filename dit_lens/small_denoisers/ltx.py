@@ -1,11 +1,11 @@
-"""Small denoisers of the LTX family: a token a latent, packed by the pipeline; text by cross-attention."""
+"""Small denoisers of the LTX family, and Sana's refiner made of it: a token a latent, packed; text by cross-attention."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
+from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel, SanaWMLTX2RefinerTransformer3DModel
 from torch import nn
 
 from dit_lens.small_denoisers.crossed import CROSSED
@@ -89,6 +89,23 @@ def ltx2_arguments() -> dict[str, Any]:
     }
 
 
+def refiner() -> nn.Module:
+    """LTX 2's blocks, of which those parts that hear are there and never run."""
+    return alive(SanaWMLTX2RefinerTransformer3DModel, **LTX2_SIZES)
+
+
+def refiner_arguments() -> dict[str, Any]:
+    """Two latent frames of 4 by 3 and seven words; positions come from outside."""
+    angles = torch.randn(1, FRAMES * HEIGHT * WIDTH, 12).repeat_interleave(2, dim=2)
+    return {
+        "hidden_states": torch.randn(2, FRAMES * HEIGHT * WIDTH, 4),
+        "encoder_hidden_states": torch.randn(2, 7, 20),
+        "timestep": torch.tensor([500.0, 500.0]),
+        "video_rotary_emb": (angles.cos(), angles.sin()),
+        "encoder_attention_mask": torch.ones(2, 7),
+    }
+
+
 ALL = (
     SmallDenoiser(
         name="LTXVideoTransformer3DModel",
@@ -104,6 +121,14 @@ ALL = (
         arguments=ltx2_arguments,
         blocks=(Blocks("transformer_blocks", count=3, streams=("visual", "audio"), modules=LTX2_MODULES),),
         tokens={"visual": FRAMES * HEIGHT * WIDTH, "audio": AUDIO},
+        layout=(FRAMES, HEIGHT, WIDTH),
+    ),
+    SmallDenoiser(
+        name="SanaWMLTX2RefinerTransformer3DModel",
+        make=refiner,
+        arguments=refiner_arguments,
+        blocks=(Blocks("transformer_blocks", count=3, streams=("visual",), modules=CROSSED),),
+        tokens={"visual": FRAMES * HEIGHT * WIDTH},
         layout=(FRAMES, HEIGHT, WIDTH),
     ),
 )

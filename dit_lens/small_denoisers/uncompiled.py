@@ -13,7 +13,8 @@ from torch.nn.attention.flex_attention import flex_attention
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Within, nothing is compiled; and torch's warning, once a process, that this is slow has been given, unseen."""
+    tokens = torch.zeros(1, 1, 1, 16)
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        flex_attention(*(torch.zeros(1, 1, 1, 16) for _ in range(3)))
+        flex_attention(tokens, tokens, tokens)
         yield
