@@ -11,13 +11,26 @@ from typing import Any
 from torch import nn
 
 from dit_lens.errors import InputError
-from dit_lens.small_denoisers import chunked, crossed, ltx, lumina, sana, sounds, videos, wan, wan_kin
+from dit_lens.small_denoisers import (
+    chunked,
+    crossed,
+    ltx,
+    lumina,
+    older,
+    proteins,
+    reading,
+    sana,
+    sounds,
+    videos,
+    wan,
+    wan_kin,
+)
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_denoisers.refused import NO_DIT
 
 __all__ = ["DENOISERS", "NO_DIT", "Blocks", "SmallDenoiser", "denoiser"]
 
-FAMILIES = (chunked, crossed, ltx, lumina, sana, sounds, videos, wan, wan_kin)
+FAMILIES = (chunked, crossed, ltx, lumina, older, proteins, reading, sana, sounds, videos, wan, wan_kin)
 DENOISERS: dict[str, SmallDenoiser] = {small.name: small for family in FAMILIES for small in family.ALL}
 """Every small denoiser, by the name of its class."""
 

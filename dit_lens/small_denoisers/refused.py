@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 NO_DIT: dict[str, str] = {
-    "T5FilmDecoder": "an autoregressive transformer over spectrogram frames, without latents",
+    "MiniMaxMusic3RVQDepthDecoder": "a language model that writes the codes of one frame of sound, without latents or timestep",
 }
 """By class name: no diffusion transformer, and why."""
