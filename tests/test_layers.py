@@ -54,7 +54,8 @@ dit_lens.small_pipelines.texts dit_lens.small_pipelines.vaes dit_lens.small_deno
 dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_pipelines.images
     dit_lens.small_pipelines.videos dit_lens.small_pipelines.wan dit_lens.small_denoisers.wan
     dit_lens.small_denoisers.ltx dit_lens.small_denoisers.lumina dit_lens.small_denoisers.sana dit_lens.small_denoisers.sounds
-    dit_lens.small_denoisers.older dit_lens.small_denoisers.proteins dit_lens.small_denoisers.reading dit_lens.small_denoisers.videos
+    dit_lens.small_denoisers.older dit_lens.small_denoisers.proteins dit_lens.small_denoisers.reading
+    dit_lens.small_denoisers.videos
 dit_lens.small_pipelines.unusual dit_lens.small_denoisers.chunked dit_lens.small_denoisers.wan_kin
 dit_lens.small_pipelines dit_lens.small_denoisers
 dit_lens.plants.mechanisms

@@ -44,7 +44,8 @@ def anyflow_arguments() -> dict[str, Any]:
 def anyflow_far() -> nn.Module:
     """Its attention reads what earlier chunks left, too."""
     with uncompiled():
-        return alive(AnyFlowFARTransformer3DModel, **SIZES, chunk_partition=(1, 2))
+        transformer = alive(AnyFlowFARTransformer3DModel, **SIZES, chunk_partition=(1, 2))
+    return transformer.requires_grad_(False)  # such attention has no gradient on a CPU
 
 
 def anyflow_far_arguments() -> dict[str, Any]:

@@ -50,6 +50,7 @@ def transformer_2d_arguments() -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(2, 7, 12),
         "timestep": torch.tensor([500, 500]),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,  # whose class diffusers says will move
     }
 
 
@@ -70,7 +71,11 @@ def dreamlite() -> nn.Module:
 
 def dreamlite_arguments() -> dict[str, Any]:
     """4 by 3 latents and seven words; UNets tell their other parts the timestep."""
-    return {"hidden_states": torch.randn(2, 8, 4, 3), "encoder_hidden_states": torch.randn(2, 7, 12)}
+    return {
+        "hidden_states": torch.randn(2, 8, 4, 3),
+        "encoder_hidden_states": torch.randn(2, 7, 12),
+        "return_dict": False,  # whose class diffusers says will move
+    }
 
 
 def temporal() -> nn.Module:

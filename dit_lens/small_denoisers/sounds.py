@@ -62,6 +62,7 @@ def stable_audio_arguments() -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(2, 7, 12),
         "global_hidden_states": torch.randn(2, 1, 10),
         "rotary_embedding": (angles.cos(), angles.sin()),
+        "return_dict": False,  # whose class diffusers says will move
     }
 
 

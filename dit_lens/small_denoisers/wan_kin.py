@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def animate2() -> nn.Module:
         )
         reference, area = FRAMES - 1, ROWS * COLUMNS
         transformer.block_masks[reference, area] = transformer.create_mask(reference, area, torch.device("cpu"))
-    return transformer
+    return transformer.requires_grad_(False)  # such attention has no gradient on a CPU
 
 
 def animate2_arguments() -> dict[str, Any]:
@@ -114,16 +115,23 @@ def chronoedit() -> nn.Module:
     return alive(ChronoEditTransformer3DModel, **SIZES)
 
 
-def kin(name: str, make: Any, arguments: Any = wan_arguments, count: int = 3, **more: Any) -> SmallDenoiser:
-    """A denoiser with blocks as Wan's, on the latents of `wan_arguments`."""
+def kin(
+    name: str,
+    make: Callable[[], nn.Module],
+    arguments: Callable[[], dict[str, Any]] = wan_arguments,
+    count: int = 3,
+    modules: Mapping[tuple[str, str], str] = WAN_MODULES,
+    aside: tuple[str, ...] = (),
+) -> SmallDenoiser:
+    """A denoiser with blocks as Wan's, on latents as in `wan_arguments`."""
     return SmallDenoiser(
         name=name,
         make=make,
         arguments=arguments,
-        blocks=(Blocks("blocks", count=count, streams=("visual",), modules=more.pop("modules", WAN_MODULES)),),
+        blocks=(Blocks("blocks", count=count, streams=("visual",), modules=modules),),
         tokens={"visual": FRAMES * ROWS * COLUMNS},
         layout=(FRAMES, ROWS, COLUMNS),
-        **more,
+        aside=aside,
     )
 
 
