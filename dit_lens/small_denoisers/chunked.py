@@ -32,9 +32,9 @@ def anyflow() -> nn.Module:
 
 
 def anyflow_arguments() -> dict[str, Any]:
-    """Three latent frames of 8 by 6; frames come before channels."""
+    """Three latent frames of 8 by 10; frames come before channels."""
     return {
-        "hidden_states": torch.randn(2, 3, 4, 8, 6),
+        "hidden_states": torch.randn(2, 3, 4, 8, 10),
         "timestep": torch.full((2, 3), 500.0),
         "r_timestep": torch.full((2, 3), 400.0),
         "encoder_hidden_states": torch.randn(2, 7, 16),
@@ -69,16 +69,16 @@ def helios() -> nn.Module:
 
 
 def helios_arguments() -> dict[str, Any]:
-    """Three latent frames of 8 by 6, after four, two and one of the past (1, 4 and 12 tokens)."""
+    """Three latent frames of 8 by 10, after four, two and one of the past (2, 6 and 20 tokens)."""
     return {
         **wan_arguments(),
         "indices_hidden_states": torch.arange(7, 10)[None],
         "indices_latents_history_short": torch.arange(6, 7)[None],
         "indices_latents_history_mid": torch.arange(4, 6)[None],
         "indices_latents_history_long": torch.arange(4)[None],
-        "latents_history_short": torch.randn(2, 4, 1, 8, 6),
-        "latents_history_mid": torch.randn(2, 4, 2, 8, 6),
-        "latents_history_long": torch.randn(2, 4, 4, 8, 6),
+        "latents_history_short": torch.randn(2, 4, 1, 8, 10),
+        "latents_history_mid": torch.randn(2, 4, 2, 8, 10),
+        "latents_history_long": torch.randn(2, 4, 4, 8, 10),
     }
 
 
@@ -88,8 +88,8 @@ ALL = (
         make=anyflow,
         arguments=anyflow_arguments,
         blocks=(Blocks("blocks", count=3, streams=("visual",), modules=WAN_MODULES),),
-        tokens={"visual": 36},
-        layout=(3, 4, 3),
+        tokens={"visual": 60},
+        layout=(3, 4, 5),
     ),
     SmallDenoiser(
         name="AnyFlowFARTransformer3DModel",
@@ -104,7 +104,7 @@ ALL = (
         make=helios,
         arguments=helios_arguments,
         blocks=(Blocks("blocks", count=3, streams=("extra", "visual"), modules=HELIOS_MODULES, joined=True),),
-        tokens={"extra": 17, "visual": 36},
-        layout=(3, 4, 3),
+        tokens={"extra": 28, "visual": 60},
+        layout=(3, 4, 5),
     ),
 )

@@ -87,8 +87,8 @@ def temporal() -> nn.Module:
 
 
 def temporal_arguments() -> dict[str, Any]:
-    """Two samples of three frames of 4 by 3 latents, frames after frames."""
-    return {"hidden_states": torch.randn(6, 8, 4, 3), "num_frames": 3}
+    """Two samples of three frames of 4 by 5 latents, frames after frames."""
+    return {"hidden_states": torch.randn(6, 8, 4, 5), "num_frames": 3}
 
 
 def prior() -> nn.Module:
@@ -157,8 +157,8 @@ ALL = (
                 modules={("attn", "visual"): "attn1", ("mlp", "visual"): "ff"},
             ),
         ),
-        tokens={"visual": 36},
-        layout=(3, 4, 3),
+        tokens={"visual": 60},
+        layout=(3, 4, 5),
     ),
     SmallDenoiser(
         name="PriorTransformer",

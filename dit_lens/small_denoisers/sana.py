@@ -48,9 +48,9 @@ def sana_video() -> nn.Module:
 
 
 def sana_video_arguments() -> dict[str, Any]:
-    """Three latent frames of 8 by 6 and seven words."""
+    """Three latent frames of 8 by 10 and seven words."""
     return {
-        "hidden_states": torch.randn(2, 4, 3, 8, 6),
+        "hidden_states": torch.randn(2, 4, 3, 8, 10),
         "encoder_hidden_states": torch.randn(2, 7, 12),
         "timestep": torch.tensor([500, 500]),
     }
@@ -75,13 +75,13 @@ def sana_wm() -> nn.Module:
 
 
 def sana_wm_arguments() -> dict[str, Any]:
-    """Three latent frames of 4 by 3, with a timestep and rays of the camera for each, and seven words."""
+    """Three latent frames of 4 by 5, with a timestep and rays of the camera for each, and seven words."""
     return {
-        "hidden_states": torch.randn(2, 4, 3, 4, 3),
+        "hidden_states": torch.randn(2, 4, 3, 4, 5),
         "timestep": torch.full((2, 1, 3), 500.0),
         "encoder_hidden_states": torch.randn(2, 1, 7, 12),
         "mask": torch.ones(2, 7),
-        "chunk_plucker": torch.randn(2, 6, 3, 4, 3),
+        "chunk_plucker": torch.randn(2, 6, 3, 4, 5),
     }
 
 
@@ -99,15 +99,15 @@ ALL = (
         make=sana_video,
         arguments=sana_video_arguments,
         blocks=(Blocks("transformer_blocks", count=3, streams=("visual",), modules=CROSSED),),
-        tokens={"visual": 36},
-        layout=(3, 4, 3),
+        tokens={"visual": 60},
+        layout=(3, 4, 5),
     ),
     SmallDenoiser(
         name="SanaWMTransformer3DModel",
         make=sana_wm,
         arguments=sana_wm_arguments,
         blocks=(Blocks("blocks", count=3, streams=("visual",), modules=WM_MODULES),),
-        tokens={"visual": 36},
-        layout=(3, 4, 3),
+        tokens={"visual": 60},
+        layout=(3, 4, 5),
     ),
 )

@@ -12,14 +12,14 @@ from dit_lens.small_denoisers.crossed import CROSSED
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_pipelines.making import alive
 
-FRAMES, ROWS, COLUMNS = 3, 4, 3
+FRAMES, ROWS, COLUMNS = 3, 4, 5
 """Of tokens."""
 
 
 def video_arguments() -> dict[str, Any]:
-    """Three latent frames of 8 by 6, and seven words."""
+    """Three latent frames of 8 by 10, and seven words."""
     return {
-        "hidden_states": torch.randn(2, 4, 3, 8, 6),
+        "hidden_states": torch.randn(2, 4, 3, 8, 10),
         "encoder_hidden_states": torch.randn(2, 7, 12),
         "timestep": torch.tensor([500, 500]),
     }
@@ -36,7 +36,7 @@ def allegro() -> nn.Module:
         num_layers=3,
         cross_attention_dim=16,
         sample_height=8,
-        sample_width=6,
+        sample_width=10,
         sample_frames=3,
         caption_channels=12,
     )

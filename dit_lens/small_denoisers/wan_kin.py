@@ -22,7 +22,7 @@ from dit_lens.small_denoisers.wan import SIZES, WAN_MODULES, wan_arguments
 from dit_lens.small_pipelines.making import alive
 
 ANIMATE2_MODULES = {("attn", "visual"): "self_attn", ("cross_attn", "visual"): "cross_attn", ("mlp", "visual"): "ffn"}
-FRAMES, ROWS, COLUMNS = 3, 4, 3
+FRAMES, ROWS, COLUMNS = 3, 4, 5
 """Of tokens."""
 
 
@@ -33,7 +33,7 @@ def vace() -> nn.Module:
 
 def vace_arguments() -> dict[str, Any]:
     """A control video beside the latents."""
-    return {**wan_arguments(), "control_hidden_states": torch.randn(2, 6, 3, 8, 6)}
+    return {**wan_arguments(), "control_hidden_states": torch.randn(2, 6, 3, 8, 10)}
 
 
 def animate() -> nn.Module:
@@ -58,9 +58,9 @@ def animate_arguments() -> dict[str, Any]:
     """A frame of reference before two of video; latents, mask and condition in twelve channels; five frames of a face."""
     return {
         **wan_arguments(),
-        "hidden_states": torch.randn(2, 12, 3, 8, 6),
+        "hidden_states": torch.randn(2, 12, 3, 8, 10),
         "encoder_hidden_states_image": torch.randn(2, 5, 10),
-        "pose_hidden_states": torch.randn(2, 4, 2, 8, 6),
+        "pose_hidden_states": torch.randn(2, 4, 2, 8, 10),
         "face_pixel_values": torch.randn(2, 3, 5, 16, 16),
     }
 
@@ -90,18 +90,18 @@ def animate2_arguments() -> dict[str, Any]:
     """Lists, one sample each, and the keys and values of a reference of two frames in every block."""
     cache = WanAnimate2KVCache(3)
     for layer in cache.layer_caches:
-        layer.store(torch.randn(2, 24, 2, 12), torch.randn(2, 24, 2, 12))
+        layer.store(torch.randn(2, 40, 2, 12), torch.randn(2, 40, 2, 12))
     return {
-        "hidden_states": [torch.randn(4, FRAMES, 8, 6) for _ in range(2)],
+        "hidden_states": [torch.randn(4, FRAMES, 8, 10) for _ in range(2)],
         "timestep": torch.tensor([500.0, 500.0]),
         "encoder_hidden_states": [torch.randn(7, 16) for _ in range(2)],
-        "condition_latents": [torch.randn(6, FRAMES, 8, 6) for _ in range(2)],
+        "condition_latents": [torch.randn(6, FRAMES, 8, 10) for _ in range(2)],
         "kv_cache": cache,
         "kv_cache_mode": "cached",
         "seq_len": FRAMES * ROWS * COLUMNS,
         "reference_grid_sizes": torch.tensor([[FRAMES - 1, ROWS, COLUMNS]] * 2),
         "origin_len": 5,
-        "origin_area": [64, 48],
+        "origin_area": [64, 80],
     }
 
 
