@@ -30,8 +30,11 @@ from dit_lens.small_denoisers.refused import NO_DIT
 
 __all__ = ["DENOISERS", "NO_DIT", "Blocks", "SmallDenoiser", "denoiser"]
 
-FAMILIES = (chunked, crossed, ltx, lumina, older, proteins, reading, sana, sounds, videos, wan, wan_kin)
-DENOISERS: dict[str, SmallDenoiser] = {small.name: small for family in FAMILIES for small in family.ALL}
+DENOISERS: dict[str, SmallDenoiser] = {
+    small.name: small
+    for family in (chunked, crossed, ltx, lumina, older, proteins, reading, sana, sounds, videos, wan, wan_kin)
+    for small in family.ALL
+}
 """Every small denoiser, by the name of its class."""
 
 

@@ -22,7 +22,7 @@ HELIOS_MODULES = {
     ("mlp", "visual"): "ffn",
 }
 """Of a HeliosTransformerBlock: the past attends and has an MLP, and does not read the text."""
-CACHED = 12
+CACHED = 20
 """Tokens of one frame."""
 
 
@@ -44,18 +44,18 @@ def anyflow_arguments() -> dict[str, Any]:
 def anyflow_far() -> nn.Module:
     """Its attention reads what earlier chunks left, too."""
     with uncompiled():
-        transformer = alive(AnyFlowFARTransformer3DModel, **SIZES, chunk_partition=(1, 2))
+        transformer = alive(AnyFlowFARTransformer3DModel, **SIZES, chunk_partition=(1, 3))
     return transformer.requires_grad_(False)  # such attention has no gradient on a CPU
 
 
 def anyflow_far_arguments() -> dict[str, Any]:
-    """A chunk of two latent frames of 8 by 6, after one of one frame."""
+    """A chunk of three latent frames of 8 by 10, after one of one frame."""
     return {
-        "hidden_states": torch.randn(2, 2, 4, 8, 6),
-        "timestep": torch.full((2, 2), 500.0),
-        "r_timestep": torch.full((2, 2), 400.0),
+        "hidden_states": torch.randn(2, 3, 4, 8, 10),
+        "timestep": torch.full((2, 3), 500.0),
+        "r_timestep": torch.full((2, 3), 400.0),
         "encoder_hidden_states": torch.randn(2, 7, 16),
-        "chunk_partition": [1, 2],
+        "chunk_partition": [1, 3],
         "kv_cache": [
             {"full_cache": torch.randn(2, 2, 2, CACHED, 12), "compressed_cache": torch.zeros(2, 2, 2, 0, 12)} for _ in range(3)
         ],
@@ -96,8 +96,8 @@ ALL = (
         make=anyflow_far,
         arguments=anyflow_far_arguments,
         blocks=(Blocks("blocks", count=3, streams=("visual",), modules=WAN_MODULES),),
-        tokens={"visual": 24},
-        layout=(2, 4, 3),
+        tokens={"visual": 60},
+        layout=(3, 4, 5),
     ),
     SmallDenoiser(
         name="HeliosTransformer3DModel",

@@ -13,6 +13,8 @@ from dit_lens.small_pipelines.making import alive
 
 CROSSED = {("attn", "visual"): "attn1", ("cross_attn", "visual"): "attn2", ("mlp", "visual"): "ff"}
 """Of most blocks that attend to the image and then to the text."""
+SHARED = {("attn", "visual"): "", ("cross_attn", "visual"): "", ("mlp", "visual"): "feed_forward"}
+"""Of a LuminaNextDiTBlock. `attn1` and `attn2` return heads, which the block adds and projects together, by `attn2.to_out.0`."""
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 """Width 16."""
 
@@ -90,10 +92,17 @@ def hunyuan_dit_arguments() -> dict[str, Any]:
     }
 
 
+def padded(**settings: Any) -> nn.Module:
+    """With its token of padding drawn, which is used by nothing, and which diffusers leaves as the memory was."""
+    transformer = LuminaNextDiT2DModel(**settings)
+    nn.init.normal_(transformer.pad_token)
+    return transformer
+
+
 def lumina_next() -> nn.Module:
-    """Both attentions return heads before a projection that they share; the output holds a variance too."""
-    transformer = alive(
-        LuminaNextDiT2DModel,
+    """The two attentions share one projection; the output holds a variance too."""
+    return alive(
+        padded,
         sample_size=8,
         in_channels=4,
         hidden_size=16,
@@ -103,8 +112,6 @@ def lumina_next() -> nn.Module:
         multiple_of=8,
         cross_attention_dim=12,
     )
-    nn.init.normal_(transformer.pad_token)  # used by nothing, and diffusers leaves it as the memory was
-    return transformer
 
 
 def lumina_next_arguments() -> dict[str, Any]:
@@ -158,7 +165,7 @@ ALL = (
         name="LuminaNextDiT2DModel",
         make=lumina_next,
         arguments=lumina_next_arguments,
-        blocks=(Blocks("layers", count=3, streams=("visual",), modules={**CROSSED, ("mlp", "visual"): "feed_forward"}),),
+        blocks=(Blocks("layers", count=3, streams=("visual",), modules=SHARED),),
         tokens={"visual": 12},
         layout=(1, 4, 3),
     ),

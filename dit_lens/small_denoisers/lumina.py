@@ -11,12 +11,13 @@ from torch import nn
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_pipelines.making import alive
 
-MODULES = {(site, stream): path for site, path in (("attn", "attn"), ("mlp", "feed_forward")) for stream in ("text", "visual")}
+ALONE = {("attn", "visual"): "attn", ("mlp", "visual"): "feed_forward"}
 """Of a Lumina2TransformerBlock. What both return is normalised once more before its gate."""
+TOGETHER = {**ALONE, ("attn", "text"): "attn", ("mlp", "text"): "feed_forward"}
 
 
 def lumina2() -> nn.Module:
-    """`noise_refiner` runs on image tokens alone, with blocks of the same class, after `context_refiner` on the text."""
+    """Blocks of one class three times: `context_refiner` on the text, `noise_refiner` on the image, `layers` on both."""
     return alive(
         Lumina2Transformer2DModel,
         sample_size=8,
@@ -49,9 +50,12 @@ ALL = (
         name="Lumina2Transformer2DModel",
         make=lumina2,
         arguments=lumina2_arguments,
-        blocks=(Blocks("layers", count=3, streams=("text", "visual"), modules=MODULES, joined=True),),
+        blocks=(
+            Blocks("noise_refiner", count=1, streams=("visual",), modules=ALONE),
+            Blocks("layers", count=3, streams=("text", "visual"), modules=TOGETHER, joined=True),
+        ),
         tokens={"text": 7, "visual": 12},
         layout=(1, 4, 3),
-        aside=("context_refiner", "noise_refiner"),
+        aside=("context_refiner",),
     ),
 )

@@ -1,12 +1,11 @@
-"""Small denoisers of older making: Transformer2DModel and its kin in UNets, the prior of unCLIP, a decoder of spectrograms."""
+"""Small denoisers of older making: Transformer2DModel, the prior of unCLIP, and a decoder of spectrograms."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import DreamLiteTransformer2DModel, PriorTransformer, T5FilmDecoder, Transformer2DModel
-from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from diffusers import PriorTransformer, T5FilmDecoder, Transformer2DModel
 from torch import nn
 
 from dit_lens.small_denoisers.crossed import CROSSED, HEADS
@@ -50,45 +49,7 @@ def transformer_2d_arguments() -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(2, 7, 12),
         "timestep": torch.tensor([500, 500]),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "return_dict": False,  # whose class diffusers says will move
     }
-
-
-def dreamlite() -> nn.Module:
-    """A part of a UNet, on an image normalised as a whole: every latent changes every token a little, its own the most."""
-    return alive(
-        DreamLiteTransformer2DModel,
-        **HEADS,
-        in_channels=8,
-        num_layers=3,
-        norm_num_groups=2,
-        cross_attention_dim=12,
-        use_linear_projection=True,
-        qk_norm="rms_norm",
-        ff_mult=2,
-    )
-
-
-def dreamlite_arguments() -> dict[str, Any]:
-    """4 by 3 latents and seven words; UNets tell their other parts the timestep."""
-    return {
-        "hidden_states": torch.randn(2, 8, 4, 3),
-        "encoder_hidden_states": torch.randn(2, 7, 12),
-        "return_dict": False,  # whose class diffusers says will move
-    }
-
-
-def temporal() -> nn.Module:
-    """A part of a UNet for videos, on (samples, rows and columns; frames), normalised as `dreamlite`; no text is read.
-
-    UNets give its blocks a second attention, `attn2`, to the frames again. Here there is one.
-    """
-    return alive(TransformerTemporalModel, **HEADS, in_channels=8, num_layers=3, norm_num_groups=2, double_self_attention=False)
-
-
-def temporal_arguments() -> dict[str, Any]:
-    """Two samples of three frames of 4 by 5 latents, frames after frames."""
-    return {"hidden_states": torch.randn(6, 8, 4, 5), "num_frames": 3}
 
 
 def prior() -> nn.Module:
@@ -136,29 +97,6 @@ ALL = (
         blocks=(Blocks("transformer_blocks", count=3, streams=("visual",), modules=CROSSED),),
         tokens={"visual": 12},
         layout=(1, 4, 3),
-    ),
-    SmallDenoiser(
-        name="DreamLiteTransformer2DModel",
-        make=dreamlite,
-        arguments=dreamlite_arguments,
-        blocks=(Blocks("transformer_blocks", count=3, streams=("visual",), modules=CROSSED),),
-        tokens={"visual": 12},
-        layout=(1, 4, 3),
-    ),
-    SmallDenoiser(
-        name="TransformerTemporalModel",
-        make=temporal,
-        arguments=temporal_arguments,
-        blocks=(
-            Blocks(
-                "transformer_blocks",
-                count=3,
-                streams=("visual",),
-                modules={("attn", "visual"): "attn1", ("mlp", "visual"): "ff"},
-            ),
-        ),
-        tokens={"visual": 60},
-        layout=(3, 4, 5),
     ),
     SmallDenoiser(
         name="PriorTransformer",

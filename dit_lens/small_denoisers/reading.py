@@ -12,10 +12,19 @@ from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_pipelines.making import alive
 
 
+def with_experts(**settings: Any) -> nn.Module:
+    """With weights of the experts, which diffusers leaves as the memory was, drawn."""
+    transformer = NucleusMoEImageTransformer2DModel(**settings)
+    for name, parameter in transformer.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            nn.init.normal_(parameter, std=0.3)
+    return transformer
+
+
 def nucleus() -> nn.Module:
     """The first block has one MLP; the others have four experts, each of which chooses its tokens, and one for all."""
-    transformer = alive(
-        NucleusMoEImageTransformer2DModel,
+    return alive(
+        with_experts,
         in_channels=16,
         out_channels=4,
         num_layers=3,
@@ -30,10 +39,6 @@ def nucleus() -> nn.Module:
         moe_intermediate_dim=16,
         capacity_factors=2.0,
     )
-    for name, parameter in transformer.named_parameters():
-        if "experts." in name:
-            nn.init.normal_(parameter, std=0.3)  # diffusers leaves them as the memory was
-    return transformer
 
 
 def nucleus_arguments() -> dict[str, Any]:

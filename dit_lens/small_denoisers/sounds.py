@@ -62,7 +62,6 @@ def stable_audio_arguments() -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(2, 7, 12),
         "global_hidden_states": torch.randn(2, 1, 10),
         "rotary_embedding": (angles.cos(), angles.sin()),
-        "return_dict": False,  # whose class diffusers says will move
     }
 
 
@@ -95,7 +94,7 @@ def stable_audio3_arguments() -> dict[str, Any]:
 
 
 def ace_step() -> nn.Module:
-    """A token of two latents; blocks attend far and within a window by turns."""
+    """A token of two latents; blocks attend within a window, which here holds all, and to all by turns."""
     return alive(
         AceStepTransformer1DModel,
         hidden_size=16,
@@ -106,7 +105,7 @@ def ace_step() -> nn.Module:
         head_dim=8,
         in_channels=10,
         audio_acoustic_hidden_dim=4,
-        sliding_window=2,
+        sliding_window=6,
         encoder_hidden_size=12,
     )
 
