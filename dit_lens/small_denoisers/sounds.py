@@ -54,12 +54,12 @@ def stable_audio() -> nn.Module:
 
 
 def stable_audio_arguments() -> dict[str, Any]:
-    """Six latents and seven words."""
+    """Six latents and five words."""
     angles = torch.outer(torch.arange(7.0), torch.tensor([1.0, 0.1])).repeat(1, 2)
     return {
         "hidden_states": torch.randn(2, 4, 6),
         "timestep": torch.tensor([0.5, 0.5]),
-        "encoder_hidden_states": torch.randn(2, 7, 12),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
         "global_hidden_states": torch.randn(2, 1, 10),
         "rotary_embedding": (angles.cos(), angles.sin()),
     }
