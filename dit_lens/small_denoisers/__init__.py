@@ -11,13 +11,30 @@ from typing import Any
 from torch import nn
 
 from dit_lens.errors import InputError
-from dit_lens.small_denoisers import wan
+from dit_lens.small_denoisers import (
+    chunked,
+    crossed,
+    ltx,
+    lumina,
+    older,
+    proteins,
+    reading,
+    sana,
+    sounds,
+    videos,
+    wan,
+    wan_kin,
+)
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_denoisers.refused import NO_DIT
 
 __all__ = ["DENOISERS", "NO_DIT", "Blocks", "SmallDenoiser", "denoiser"]
 
-DENOISERS: dict[str, SmallDenoiser] = {small.name: small for small in (*wan.ALL,)}
+DENOISERS: dict[str, SmallDenoiser] = {
+    small.name: small
+    for family in (chunked, crossed, ltx, lumina, older, proteins, reading, sana, sounds, videos, wan, wan_kin)
+    for small in family.ALL
+}
 """Every small denoiser, by the name of its class."""
 
 

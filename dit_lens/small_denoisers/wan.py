@@ -33,9 +33,9 @@ def wan() -> nn.Module:
 
 
 def wan_arguments() -> dict[str, Any]:
-    """Three latent frames of 8 by 6."""
+    """Three latent frames of 8 by 10."""
     return {
-        "hidden_states": torch.randn(2, 4, 3, 8, 6),
+        "hidden_states": torch.randn(2, 4, 3, 8, 10),
         "timestep": torch.tensor([500.0, 500.0]),
         "encoder_hidden_states": torch.randn(2, 7, 16),
     }
@@ -47,7 +47,7 @@ ALL = (
         make=wan,
         arguments=wan_arguments,
         blocks=(Blocks("blocks", count=3, streams=("visual",), modules=WAN_MODULES),),
-        tokens={"visual": 36},
-        layout=(3, 4, 3),
+        tokens={"visual": 60},
+        layout=(3, 4, 5),
     ),
 )
