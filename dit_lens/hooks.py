@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from dit_lens.architectures import Architecture
 from dit_lens.detours import Detour, detours
 from dit_lens.errors import InputError
+from dit_lens.obstacles import check_attention
 from dit_lens.ports import Port, ports
 from dit_lens.taps import Attention, Bypass, Result, Tap, replaced_attribute
 
@@ -42,6 +43,9 @@ class HookEngine:
         denoisers = self._architecture.denoisers(self._pipe)
         stops = ports(self._architecture, denoisers, taps, attentions)
         ways = detours(self._architecture, denoisers, bypasses)
+        for port in stops:
+            if port.kind == "attention":
+                check_attention(port.path, port.module)
         attention = _Attention()
         with ExitStack() as attached:
             for port in stops:

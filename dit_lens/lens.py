@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_lens import batching, loading
+from dit_lens import batching, loading, obstacles
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, lookup
 from dit_lens.calls import DenoiserCall, sample_of
@@ -96,6 +96,7 @@ class Lens:
     """
 
     def __init__(self, pipe: Any, engine: str, name: str, folder: Path | None = None) -> None:
+        obstacles.check_whole(pipe)
         self.pipe = pipe
         self.architecture: Architecture = lookup(pipe)
         self.name = name
@@ -107,11 +108,19 @@ class Lens:
     def __repr__(self) -> str:
         return f"Lens({self.name!r}, {type(self.pipe).__name__}, engine={self.engine!r})"
 
-    @cached_property
+    @property
     def hash(self) -> str:
-        """SHA-256 of the weights: of the files where the lens loaded a folder, of the values in memory elsewhere."""
-        if self._folder is not None:
-            return loading.folder_hash(self._folder)
+        """SHA-256 of the weights: of the files where the lens loaded a folder, of the values in memory elsewhere.
+
+        An adapter (LoRA) may come, change and go while the lens is there, so with one it is always of the values in memory.
+        """
+        return self._memory_hash() if obstacles.adapted(self.pipe) else self._loaded_hash
+
+    @cached_property
+    def _loaded_hash(self) -> str:
+        return self._memory_hash() if self._folder is None else loading.folder_hash(self._folder)
+
+    def _memory_hash(self) -> str:
         modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
         return loading.state_hash(modules)
 
@@ -189,8 +198,8 @@ class Lens:
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
         with self._alone(progress):
             foreseen = self._forecast(inputs)
-            if records or changes or answers or keep_calls:
-                self._check_uncached()
+            reading = bool(records or changes or answers or keep_calls)
+            obstacles.check(self.pipe, self.architecture.denoisers(self.pipe), reading)
             self._check_until(until, decode, foreseen)
             extent = self._extent(foreseen)
             recorder = Recorder(records, extent, self.architecture, limit_bytes) if records else None
@@ -249,7 +258,7 @@ class Lens:
         Raises:
             InputError: a selection matches nothing in this call, or the call cannot be made again.
         """
-        self._check_uncached()
+        obstacles.check(self.pipe, self.architecture.denoisers(self.pipe), reading=True, gradients=gradients)
         call.check_unchanged()
         denoiser, foreseen = self.architecture.denoisers(self.pipe)[call.expert], forecast_of(call)
         records, changes = as_records(record), as_edits(edits)
@@ -325,12 +334,6 @@ class Lens:
         from dit_lens.tracing import TracingEngine
 
         return TracingEngine(self.pipe, self.architecture)
-
-    def _check_uncached(self) -> None:
-        denoisers = self.architecture.denoisers(self.pipe)
-        cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
-        if cached:
-            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() first")
 
     def _check_until(self, until: int | None, decode: bool, foreseen: Forecast) -> None:
         steps = len(foreseen.timesteps)
