@@ -124,7 +124,7 @@ def _fused(block: nn.Module, attentions: list[str], inside: _Inside) -> list[str
     found = []
     for name, (args, _), _ in inside.returned:
         apart = not any(name.startswith(f"{other}.") for other in attentions)
-        if apart and isinstance(block.get_submodule(name), nn.Linear) and args and is_stream(args[0]):
+        if apart and _is_map(block.get_submodule(name), nn.Linear) and args and is_stream(args[0]):
             beside = args[0].numel() not in sizes and any(_begins(args[0], inside.output(other)) for other in attentions)
             found += [name] if beside else []
     return found
@@ -150,7 +150,7 @@ def _is_mlp(module: nn.Module, name: str, attentions: list[str], inside: _Inside
     """Two linear maps or more in a module that has no attention in it and is in none, nor in another such module."""
     if any(name.startswith(f"{other}.") or other.startswith(f"{name}.") or name == other for other in attentions):
         return False
-    if sum(isinstance(part, LINEAR) for part in module.modules()) < 2 or not is_stream(inside.output(name)):
+    if sum(_is_map(part, LINEAR) for _, part in _parts(module)) < 2 or not is_stream(inside.output(name)):
         return False
     parents = [name[:place] for place, letter in enumerate(name) if letter == "."]
     returned = {there: output for there, _, output in inside.returned}
@@ -167,7 +167,7 @@ def _projection(block: nn.Module, name: str, inside: _Inside) -> str:
     maps = [
         there
         for there, _, _ in inside.returned
-        if there.startswith(f"{name}.") and isinstance(block.get_submodule(there), nn.Linear)
+        if there.startswith(f"{name}.") and _is_map(block.get_submodule(there), nn.Linear)
     ]
     return maps[-1] if maps else ""
 
@@ -202,7 +202,7 @@ def _run(stack: Stack, call: Call, tokens: Mapping[str, int], inside: _Inside) -
 @contextmanager
 def _hooked(block: nn.Module, inside: _Inside) -> Iterator[None]:
     handles = []
-    for name, module in block.named_modules():
+    for name, module in _parts(block):
         if name:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.path.append(name)))
 
@@ -220,3 +220,19 @@ def _hooked(block: nn.Module, inside: _Inside) -> Iterator[None]:
 
 def _tensors(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a block by name, each layer that an adapter (LoRA) was put into as one."""
+    adapted: list[str] = []
+    for name, part in module.named_modules():
+        if name.startswith(tuple(adapted)):
+            continue
+        if isinstance(getattr(part, "base_layer", None), nn.Module):
+            adapted.append(f"{name}." if name else "")
+        yield name, part
+
+
+def _is_map(module: nn.Module, kinds: Any) -> bool:
+    """Whether a module is a linear map, an adapter in it or not."""
+    return isinstance(getattr(module, "base_layer", module), kinds)
