@@ -10,6 +10,7 @@ and taps on the blocks that were asked for; all of it is gone when the run is ov
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,9 +113,13 @@ class Lens:
     def hash(self) -> str:
         """SHA-256 of the weights: of the files where the lens loaded a folder, of the values in memory elsewhere.
 
-        An adapter (LoRA) may come, change and go while the lens is there, so with one it is always of the values in memory.
+        Adapters (LoRA) may come, change and go while the lens is there: with them it is of what is in memory now, and of
+        how they are set.
         """
-        return self._memory_hash() if obstacles.adapted(self.pipe) else self._loaded_hash
+        adapters = obstacles.adapters(self.pipe)
+        if not adapters:
+            return self._loaded_hash
+        return hashlib.sha256("\n".join([self._memory_hash(), *adapters]).encode()).hexdigest()
 
     @cached_property
     def _loaded_hash(self) -> str:

@@ -70,7 +70,7 @@ def check_attention(path: str, module: nn.Module) -> None:
     Raises:
         InputError: its backend is another than torch's own.
     """
-    processor = getattr(module, "processor", None)
+    processor: Any = getattr(module, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -103,10 +103,16 @@ def check_forward(path: str, module: nn.Module) -> None:
         )
 
 
-def adapted(pipe: Any) -> bool:
-    """Whether adapters of peft are in a pipeline, so that its weights are not those of its files alone."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    return any(getattr(part, "_hf_peft_config_loaded", False) or hasattr(part, "peft_config") for part in parts)
+def adapters(pipe: Any) -> tuple[str, ...]:
+    """The adapters of peft (LoRA) in a pipeline and how they are set, a line for each layer that has some."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    lines = []
+    for name, part in parts.items():
+        for path, layer in part.named_modules():
+            if isinstance(getattr(layer, "base_layer", None), nn.Module):
+                settings = ("active_adapters", "scaling", "merged_adapters", "disable_adapters")
+                lines.append(" ".join([f"{name}.{path}", *(f"{one}={getattr(layer, one, None)}" for one in settings)]))
+    return tuple(lines)
 
 
 def _check_repeatable(name: str, denoiser: nn.Module) -> None:
@@ -165,14 +171,12 @@ def _check_parallel(name: str, denoiser: nn.Module) -> None:
 
 
 def _check_weights_stay(name: str, denoiser: nn.Module) -> None:
-    """A graph holds on to weights; where they are moved or cast between forward and backward, it finds others there."""
-    moving = {"layerwise_casting": "cast layer by layer", "group_offloading": "offloaded by groups"}
-    for _, hook in _diffusers_hooks(denoiser):
-        if hook in moving:
-            raise InputError(
-                f"{name} is {moving[hook]}, so that its weights change between a call and its gradients; load it as it is"
-                " computed, on its device"
-            )
+    """A graph wants the weights where they were; weights that are cast it holds on to as they were computed with."""
+    if any(hook == "group_offloading" for _, hook in _diffusers_hooks(denoiser)):
+        raise InputError(
+            f"{name} is offloaded by groups, so that its weights are gone before its gradients are computed; load it on its"
+            " device"
+        )
     for module in denoiser.modules():
         if getattr(vars(module).get("_hf_hook"), "offload", False):
             raise InputError(

@@ -86,7 +86,7 @@ def _wrapped(workers: Sequence[_Worker]) -> Iterator[Any]:
     ours = (STATE, "forward")
     before = [(module, {name: vars(module)[name] for name in ours if name in vars(module)}) for module in modules.values()]
     try:
-        model = nnsight.NNsight(nn.ModuleList(modules.values()), envoys=_Alone)
+        model = nnsight.NNsight(nn.ModuleList(modules.values()), envoys={nn.Module: _Alone})
         envoys = dict(zip(modules, model, strict=True))
         for worker in workers:
             worker.envoy = envoys[id(worker.module)]
