@@ -21,8 +21,8 @@ HARMLESS = ("layerwise_casting", "peft_autocast_disable", "group_offloading")
 """Hooks of diffusers that move weights or change how they are stored, and leave what is computed as it is."""
 UNSETTLED = ("layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Those that take themselves off in the first call of the denoiser, and with them whatever was put over them."""
-NATIVE = ("native", "_native_")
-"""How the names begin of attention backends that call torch's scaled_dot_product_attention."""
+NATIVE = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+"""The attention backends of diffusers that call torch's scaled_dot_product_attention."""
 EAGER = "write \"with torch.compiler.set_stance('force_eager'):\" around all runs that are compared"
 
 
@@ -77,7 +77,7 @@ def check_attention(path: str, module: nn.Module) -> None:
 
     chosen = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     backend = str(getattr(chosen, "value", chosen))
-    if not backend.startswith(NATIVE):
+    if backend not in NATIVE:
         raise InputError(
             f"{path} attends through the backend {backend!r}, and the hook engine reads q, k and v from torch's own; write"
             " engine='nnsight', or set_attention_backend('native')"
