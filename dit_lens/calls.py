@@ -100,7 +100,7 @@ def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...
 
 def sample_of(output: Any) -> Tensor:
     """The tensor in what a denoiser returned, (batch, channels, *space); lists of samples as one tensor."""
-    found = output[0] if isinstance(output, tuple) else output if isinstance(output, Tensor) else output.sample
+    found = output if isinstance(output, Tensor) else output[0]
     return found if isinstance(found, Tensor) else torch.stack(list(found))
 
 

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from dit_lens.architectures import Architecture
 from dit_lens.detours import Detour, detours
 from dit_lens.errors import InputError
+from dit_lens.obstacles import check_attention
 from dit_lens.ports import Port, ports
 from dit_lens.taps import Attention, Bypass, Result, Tap, replaced_attribute
 from dit_lens.visual_tokens import counting
@@ -46,6 +47,9 @@ class HookEngine:
             visual = attached.enter_context(counting(self._architecture, denoisers))
             stops = ports(self._architecture, denoisers, taps, attentions, visual)
             ways = detours(self._architecture, denoisers, bypasses, visual)
+            for port in stops:
+                if port.kind == "attention":
+                    check_attention(port.path, port.module)
             for port in stops:
                 for handle in _hooks(port, attention):
                     attached.callback(handle.remove)

@@ -10,6 +10,7 @@ and taps on the blocks that were asked for; all of it is gone when the run is ov
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_lens import batching, loading
+from dit_lens import batching, loading, obstacles
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Guidance, lookup
 from dit_lens.architectures.finding import find
@@ -100,6 +101,7 @@ class Lens:
     """
 
     def __init__(self, pipe: Any, engine: str, name: str, folder: Path | None = None) -> None:
+        obstacles.check_whole(pipe)
         self.pipe = pipe
         self._architecture = lookup(pipe)
         self._outlines: dict[Any, Outline] = {}
@@ -149,11 +151,23 @@ class Lens:
             self._architecture = find(self.pipe, inputs)
         return self._architecture
 
-    @cached_property
+    @property
     def hash(self) -> str:
-        """SHA-256 of the weights: of the files where the lens loaded a folder, of the values in memory elsewhere."""
-        if self._folder is not None:
-            return loading.folder_hash(self._folder)
+        """SHA-256 of the weights: of the files where the lens loaded a folder, of the values in memory elsewhere.
+
+        Adapters (LoRA) may come, change and go while the lens is there: with them it is of what is in memory now, and of
+        how they are set.
+        """
+        adapters = obstacles.adapters(self.pipe)
+        if not adapters:
+            return self._loaded_hash
+        return hashlib.sha256("\n".join([self._memory_hash(), *adapters]).encode()).hexdigest()
+
+    @cached_property
+    def _loaded_hash(self) -> str:
+        return self._memory_hash() if self._folder is None else loading.folder_hash(self._folder)
+
+    def _memory_hash(self) -> str:
         parts = getattr(self.pipe, "components", None) or self.architecture.denoisers(self.pipe)
         return loading.state_hash({name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)})
 
@@ -231,8 +245,8 @@ class Lens:
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
         with self._alone(progress):
             foreseen = self._forecast(inputs)
-            if records or changes or answers or keep_calls:
-                self._check_uncached()
+            reading = bool(records or changes or answers or keep_calls)
+            obstacles.check(self.pipe, self.architecture.denoisers(self.pipe), reading)
             self._check_until(until, decode, foreseen)
             extent = self._extent(foreseen)
             recorder = Recorder(records, extent, self._width, limit_bytes) if records else None
@@ -292,7 +306,7 @@ class Lens:
         Raises:
             InputError: a selection matches nothing in this call, or the call cannot be made again.
         """
-        self._check_uncached()
+        obstacles.check(self.pipe, self.architecture.denoisers(self.pipe), reading=True, gradients=gradients)
         call.check_unchanged()
         denoiser, foreseen = self.architecture.denoisers(self.pipe)[call.expert], forecast_of(call)
         records, changes = as_records(record), as_edits(edits)
@@ -371,12 +385,6 @@ class Lens:
         from dit_lens.tracing import TracingEngine
 
         return TracingEngine(self.pipe, self.architecture)
-
-    def _check_uncached(self) -> None:
-        denoisers = self.architecture.denoisers(self.pipe)
-        cached = [name for name, module in denoisers.items() if getattr(module, "is_cache_enabled", False)]
-        if cached:
-            raise InputError(f"{listed(cached)} skips blocks (enable_cache); call disable_cache() first")
 
     def _check_until(self, until: int | None, decode: bool, foreseen: Forecast) -> None:
         steps = len(foreseen.timesteps)

@@ -86,13 +86,28 @@ def file_hash(path: Path) -> str:
 
 
 def state_hash(modules: dict[str, nn.Module]) -> str:
-    """SHA-256 over the parameters and buffers of modules: names, types, shapes and values."""
+    """SHA-256 over the parameters and buffers of modules: names, types, shapes and values, wherever these are kept."""
     digest = hashlib.sha256()
     for part, module in sorted(modules.items()):
         for name, tensor in sorted(module.state_dict().items()):
+            tensor = _offloaded(module, name) if tensor.is_meta else tensor
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _offloaded(module: nn.Module, name: str) -> torch.Tensor:
+    """The values of a parameter that accelerate keeps elsewhere, and brings only while its module runs.
+
+    Raises:
+        InputError: it is kept nowhere.
+    """
+    path, _, own = name.rpartition(".")
+    hook: Any = getattr(module.get_submodule(path), "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "offload", False):
+            return part.weights_map[own]
+    raise InputError(f"{name} has no values: it is on torch's meta device; load the weights first")
 
 
 def _weight_files(folder: Path) -> list[Path]:

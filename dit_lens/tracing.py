@@ -10,18 +10,22 @@ and is never read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import nnsight
 from nnsight._c import unmount
+from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import OutOfOrderError
+from nnsight.intervention.source import STATE, Controller
 from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture
 from dit_lens.detours import Detour, detours
 from dit_lens.errors import InputError, listed
+from dit_lens.obstacles import check_forward
 from dit_lens.ports import Port, ports
 from dit_lens.taps import Attention, Bypass, Result, Tap
 from dit_lens.visual_tokens import counting
@@ -40,15 +44,15 @@ ATTENTION_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 class TracingEngine:
     """Runs a pipeline inside an nnsight trace.
 
-    nnsight puts a controller into the `forward` of every module that it wraps and leaves it there; it changes no
-    number. So the denoisers are wrapped when a trace is first asked for, and again if the pipeline gets new ones.
+    nnsight puts a controller into the `forward` of a module that it wraps, and would leave it there. A pipeline changes
+    under a controller: an adapter that is loaded later, an offload that is switched on, puts itself beneath it, above it
+    or in its place, and a trace then sees a part of the module, or nothing. So the modules that are read are wrapped for
+    each call, as they are then, and no other; afterwards their `forward` is what it was.
     """
 
     def __init__(self, pipe: Any, architecture: Architecture) -> None:
         self._pipe = pipe
         self._architecture = architecture
-        self._wrapped: dict[str, nn.Module] = {}
-        self._model: Any = None
 
     def call(
         self,
@@ -59,26 +63,85 @@ class TracingEngine:
     ) -> Result:
         """Run `function` in a trace with a worker for every port and every detour."""
         denoisers = self._architecture.denoisers(self._pipe)
-        if self._wrapped != denoisers:
-            self._wrapped = denoisers
-            self._model = nnsight.NNsight(nn.ModuleDict(denoisers))
         with ExitStack() as attached:
             visual = attached.enter_context(counting(self._architecture, denoisers))
             stops = ports(self._architecture, denoisers, taps, attentions, visual)
             ways = detours(self._architecture, denoisers, bypasses, visual)
-            workers = [_Worker(self._model, stop) for stop in (*ways, *stops)]
+            workers = [_Worker(stop) for stop in (*ways, *stops)]
+            for worker in workers:
+                check_forward(worker.path, worker.module)
+            model = attached.enter_context(_wrapped(workers))
+            for worker in workers:
+                attached.callback(worker.module.register_forward_hook(worker.check).remove)
             for port in stops:
                 attached.enter_context(port.remembering())
-            return _trace(self._model, function, workers)
+            return _trace(model, function, workers)
+
+
+class _Alone(Envoy):
+    """nnsight's view of one module, and of no module inside it."""
+
+    def _add_envoy(self, name: str, module: nn.Module) -> Any:
+        return None
+
+
+@contextmanager
+def _wrapped(workers: Sequence[_Worker]) -> Iterator[Any]:
+    """nnsight's model of the modules where workers stop, as long as the context lasts."""
+    modules = {id(worker.module): worker.module for worker in workers}
+    ours = (STATE, "forward")
+    before = [(module, {name: vars(module)[name] for name in ours if name in vars(module)}) for module in modules.values()]
+    try:
+        model = nnsight.NNsight(nn.ModuleList(modules.values()), envoys={nn.Module: _Alone})
+        envoys = dict(zip(modules, model, strict=True))
+        for worker in workers:
+            worker.envoy = envoys[id(worker.module)]
+        yield model
+    finally:
+        for module, own in before:
+            vars(module).pop(STATE, None)
+            # What another library put there meanwhile is its own to take away.
+            if isinstance(vars(module).get("forward"), Controller):
+                del module.forward
+                vars(module).update(own)
 
 
 class _Worker:
-    """Shows one port what passes there, each time that something does; or leads around a block."""
+    """Shows one port what passes there, each time that something does; or leads around a block.
 
-    def __init__(self, model: Any, stop: Port | Detour) -> None:
+    Attributes:
+        path: of the module where it stops. envoy: nnsight's view of that module, while it is wrapped.
+        failure: what a visitor raised.
+    """
+
+    def __init__(self, stop: Port | Detour) -> None:
         self._stop = stop
-        self._envoy = model.get(stop.expert).get(stop.path)
+        self._visits = 0
+        self._executions = 0
+        self._left: tuple[weakref.ref[Any], ...] = ()
+        self.path = stop.path
+        self.module = stop.module if isinstance(stop, Port) else stop.block
+        self.envoy: Any = None
         self.failure: BaseException | None = None
+
+    def check(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A torch hook on the module, after all others: was this execution seen, and is what comes out what was seen?"""
+        self._executions += 1
+        if self._visits != self._executions:
+            raise InputError(
+                f"{self.path} ran {self._executions} times and nnsight saw {self._visits} of them: its forward was replaced"
+                " during the run, or its attention went another way; write engine='hooks'"
+            )
+        if self._stop.kind == "output" and not self._passes(output):
+            raise InputError(
+                f"a torch hook on {self.path} replaces what it returns, after nnsight has seen it; write engine='hooks', whose"
+                " own hook comes after that one, or take it off"
+            )
+
+    def _passes(self, output: Any) -> bool:
+        """Whether these are the tensors that the visitors of an output left."""
+        passed = _tensors(output)
+        return len(passed) == len(self._left) and all(left() is one for left, one in zip(self._left, passed, strict=True))
 
     def follow(self, tracer: Any) -> None:
         """Stop at every execution until the run is over."""
@@ -92,19 +155,22 @@ class _Worker:
             except Exception as failure:
                 self.failure = failure
                 raise
+            self._visits += 1
 
     # Visits are functions of their own, so that no tensor outlives one in the frame of the loop, which stays parked until
     # the module runs again.
 
     def _output(self) -> None:
-        replacement = self._port.visit(self._envoy.output)
+        output = self.envoy.output
+        replacement = self._port.visit(output)
         if replacement is not None:
-            self._envoy.output = replacement
+            self.envoy.output = output = replacement
+        self._left = tuple(weakref.ref(tensor) for tensor in _tensors(output))
 
     def _input(self) -> None:
-        replacement = self._port.visit(self._envoy.input)
+        replacement = self._port.visit(self.envoy.input)
         if replacement is not None:
-            self._envoy.input = replacement
+            self.envoy.input = replacement
 
     def _attention(self) -> None:
         call, order = self._attention_call()
@@ -119,9 +185,9 @@ class _Worker:
         # nnsight asks whether to skip a block after it has shown the block's arguments, and shows what is handed on as
         # the block's output; nothing inside the block is reached then, and the count of nothing else moves.
         assert isinstance(self._stop, Detour)
-        handed_on = self._stop.handed_on(*self._envoy.inputs)
+        handed_on = self._stop.handed_on(*self.envoy.inputs)
         if handed_on is not None:
-            self._envoy.skip(handed_on)
+            self.envoy.skip(handed_on)
 
     @property
     def _port(self) -> Port:
@@ -135,7 +201,7 @@ class _Worker:
         such calls, the last one is the module's own; those before it attend to further keys, as to those of a picture in
         cross-attention.
         """
-        source = self._envoy.source
+        source = self.envoy.source
         processors = [name for name in source.names if "processor" in name]
         inside = source.node(processors[-1]).source if processors else source
         for function, order in ATTENTION_CALLS.items():
@@ -147,6 +213,11 @@ class _Worker:
             f"{where} never calls {' or '.join(ATTENTION_CALLS)}, where q, k and v are read; it calls {listed(inside.names)}; a"
             " function further inside is seen with engine='hooks'"
         )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors that a module returned."""
+    return [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
 
 
 def _trace(model: Any, function: Callable[[], Result], workers: Sequence[_Worker]) -> Result:

@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 from test_discovery import small
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -163,6 +165,19 @@ def test_wan_has_the_sites_of_its_record() -> None:
     there = of(denoiser, hidden_states=torch.randn(1, 4, 3, 8, 6), **inputs)["blocks"]
     written = tuple(site for site in WAN.sites if site.measures != "contribution")
     assert there == Anatomy(written, (), heads=2)
+
+
+def test_a_layer_with_an_adapter_in_it_is_one_linear_map() -> None:
+    """Its parts are linear maps too, but no projection of heads, and no MLP."""
+
+    def adapt(owner: nn.Module, *names: str) -> nn.Module:
+        for name in names:
+            setattr(owner, name, Linear(getattr(owner, name), "one", config=LoraConfig(r=2), r=2, init_lora_weights=False))
+        return owner
+
+    adapted = Block(look=adapt(Attend(), "to_q", "back"), think=adapt(mlp(), "2"))
+    assert found(adapted, single=True) == found(Block(look=Attend(), think=mlp()), single=True)
+    assert found(adapt(Fused(), "grow", "shrink"), single=True) == found(Fused(), single=True)
 
 
 def test_both_streams_of_an_mmdit() -> None:

@@ -15,7 +15,7 @@ from dit_lens.reasoner.settings import CALL
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "docs" / "where_is_the_answer_decided.ipynb"
-MARKDOWN = ("README.md", "docs/interventions.md")
+MARKDOWN = ("README.md", "docs/interventions.md", "docs/real-pipelines.md")
 
 
 def python_blocks(text: str) -> list[str]:

@@ -35,7 +35,7 @@ dit_lens.schedule
 dit_lens.selection dit_lens.rows dit_lens.pictures
 dit_lens.activations dit_lens.reducers dit_lens.grid
 dit_lens.record dit_lens.attention_maps
-dit_lens.ports dit_lens.detours
+dit_lens.ports dit_lens.detours dit_lens.obstacles
 dit_lens.hooks dit_lens.tracing
 dit_lens.conformance
 dit_lens.run

@@ -68,9 +68,9 @@ def test_skipped_blocks_are_not_recorded_as_if_they_ran(image_pipe: Any) -> None
     lens = dl.wrap(image_pipe, engine="hooks")
     call = lens.run(**arguments(image_pipe), keep_calls=True, decode=False).calls[0, "cond"]
     image_pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-    with pytest.raises(dl.InputError, match=r"transformer skips blocks .*; call disable_cache"):
+    with pytest.raises(dl.InputError, match=r"transformer skips blocks .*; call pipe.transformer.disable_cache"):
         lens.run(**arguments(image_pipe), record=dl.at())
-    with pytest.raises(dl.InputError, match=r"transformer skips blocks .*; call disable_cache"):
+    with pytest.raises(dl.InputError, match=r"transformer skips blocks .*; call pipe.transformer.disable_cache"):
         lens.replay(call)
     image_pipe.transformer.disable_cache()
     lens.run(**arguments(image_pipe), record=dl.at())

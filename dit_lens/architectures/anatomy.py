@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_lens.architectures.inside import returned_tensors, run_inside
+from dit_lens.architectures.inside import is_map, parts, returned_tensors, run_inside
 from dit_lens.architectures.stack import Stack
 from dit_lens.architectures.watching import Call, is_stream
 from dit_lens.sites import BLOCK_SITES, Site, attention_sites
@@ -121,7 +121,7 @@ class _Dissection:
         )
 
     def _maps_tokens(self, name: str) -> bool:
-        maps = sum(isinstance(part, LINEAR) for part in self.block.get_submodule(name).modules())
+        maps = sum(is_map(part, LINEAR) for _, part in parts(self.block.get_submodule(name)))
         return maps > 1 and self._form(self.inside.output(name)) is not None
 
     def _form(self, value: Any) -> Any:
@@ -166,9 +166,9 @@ class _Dissection:
         for number in range(2, len(self.tokens) + 1):
             for order in permutations(self.tokens, number):
                 ends = list(accumulate(self.tokens[stream] for stream in order))
-                parts = [slice(start, end) for start, end in pairwise([0, *ends])]
+                ranges = [slice(start, end) for start, end in pairwise([0, *ends])]
                 if ends[-1] == count and all(
-                    moved(part) == {stream} & self.clean.keys() for part, stream in zip(parts, order, strict=True)
+                    moved(part) == {stream} & self.clean.keys() for part, stream in zip(ranges, order, strict=True)
                 ):
                     return order
         return ()
@@ -200,7 +200,7 @@ class _Dissection:
         for name in self.attentions:
             for event in self.inside.returned:
                 args, _ = event.given
-                if not isinstance(self.block.get_submodule(event.name), nn.Linear) or not args or not is_stream(args[0]):
+                if not is_map(self.block.get_submodule(event.name)) or not args or not is_stream(args[0]):
                     continue
                 width = self._leading(name, args[0])
                 for kind, columns in (("attn", (0, width)), ("mlp", (width, args[0].shape[2]))) if width else ():
@@ -241,7 +241,7 @@ class _Dissection:
                 if site.port == "attention" and (attended.plain or site.measures != "pair")
             )
         after = [event for event in self.inside.returned[attended.position :] if event.name.startswith(f"{name}.")]
-        maps = [event for event in after if isinstance(self.block.get_submodule(event.name), nn.Linear)]
+        maps = [event for event in after if is_map(self.block.get_submodule(event.name))]
         seen: set[str | None] = set()
         for event in maps:
             args, _ = event.given

@@ -94,7 +94,7 @@ def run_inside(call: Call, added: Added | None = None) -> tuple[Inside, Any]:
 @contextmanager
 def _hooked(block: nn.Module, inside: Inside) -> Iterator[None]:
     handles = []
-    for name, module in block.named_modules():
+    for name, module in parts(block):
         if name:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.path.append(name)))
 
@@ -108,6 +108,22 @@ def _hooked(block: nn.Module, inside: Inside) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a module by name, itself first; each layer that an adapter (LoRA) was put into as one."""
+    adapted: list[str] = []
+    for name, part in module.named_modules():
+        if name.startswith(tuple(adapted)):
+            continue
+        if isinstance(getattr(part, "base_layer", None), nn.Module):
+            adapted.append(f"{name}." if name else "")
+        yield name, part
+
+
+def is_map(module: nn.Module, kinds: Any = nn.Linear) -> bool:
+    """Whether a module is a linear map, or of other kinds; an adapter in it or not."""
+    return isinstance(getattr(module, "base_layer", module), kinds)
 
 
 def returned_tensors(output: Any) -> tuple[Any, ...]:

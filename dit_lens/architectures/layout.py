@@ -93,7 +93,7 @@ def packed_layout(tokens: int, arguments: Mapping[str, Any]) -> Layout:
 
 def _of_shapes(value: Any) -> Layout | None:
     """A list of (frames, height, width), one for each sample and all alike, or a list of such lists of one."""
-    while isinstance(value, list) and value and all(one == value[0] for one in value):
+    while isinstance(value, list) and value and isinstance(value[0], (list, tuple)) and all(one == value[0] for one in value):
         value = value[0]
     if isinstance(value, tuple) and len(value) == 3 and all(isinstance(size, int) for size in value):
         return Layout(*value)
@@ -101,8 +101,17 @@ def _of_shapes(value: Any) -> Layout | None:
 
 
 def _of_positions(value: Any, tokens: int) -> Layout | None:
-    """A tensor with the position of every token, (tokens, 3 or more) or (batch, tokens, 3 or more): rows before columns."""
-    if not isinstance(value, Tensor) or value.ndim not in (2, 3) or value.shape[-2] != tokens or value.shape[-1] not in (3, 4):
+    """A tensor with the position of every token, rows before columns: (tokens, 3 or 4), or (3, tokens) with where each begins.
+
+    With the batch before it, or without; and with the two ends of each, (3, tokens, 2).
+    """
+    if not isinstance(value, Tensor):
+        return None
+    if value.ndim == 4 and value.shape[1:] == (3, tokens, 2):
+        value = value[..., 0]
+    if value.ndim == 3 and value.shape[1:] == (3, tokens) and tokens > 4:
+        value = value.mT
+    if value.ndim not in (2, 3) or value.shape[-2] != tokens or value.shape[-1] not in (3, 4):
         return None
     positions = value[0] if value.ndim == 3 else value
     places = [column.unique(return_inverse=True) for column in positions.unbind(1)]
