@@ -48,10 +48,12 @@ dit_lens.lens
 dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
 dit_lens.plants.stream dit_lens.plants.readings dit_lens.small_pipelines.making dit_lens.small_pipelines.record
-    dit_lens.small_pipelines.schedules dit_lens.small_denoisers.record dit_lens.small_denoisers.refused
+    dit_lens.small_pipelines.schedules dit_lens.small_denoisers.common dit_lens.small_denoisers.record
+    dit_lens.small_denoisers.refused
 dit_lens.small_pipelines.texts dit_lens.small_pipelines.vaes
 dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_pipelines.images
-    dit_lens.small_pipelines.videos dit_lens.small_pipelines.wan dit_lens.small_denoisers.wan
+    dit_lens.small_pipelines.videos dit_lens.small_pipelines.wan dit_lens.small_denoisers.cogs
+    dit_lens.small_denoisers.flux dit_lens.small_denoisers.hunyuan dit_lens.small_denoisers.joint dit_lens.small_denoisers.wan
 dit_lens.small_pipelines.unusual
 dit_lens.small_pipelines dit_lens.small_denoisers
 dit_lens.plants.mechanisms

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from dit_lens.errors import InputError
-from dit_lens.small_denoisers import wan
+from dit_lens.small_denoisers import cogs, flux, hunyuan, joint, wan
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_denoisers.refused import NO_DIT
 
 __all__ = ["DENOISERS", "NO_DIT", "Blocks", "SmallDenoiser", "denoiser"]
 
-DENOISERS: dict[str, SmallDenoiser] = {small.name: small for small in (*wan.ALL,)}
+DENOISERS: dict[str, SmallDenoiser] = {small.name: small for small in (*flux.ALL, *joint.ALL, *cogs.ALL, *hunyuan.ALL, *wan.ALL)}
 """Every small denoiser, by the name of its class."""
 
 
