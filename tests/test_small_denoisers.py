@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any
 
 import diffusers
@@ -33,7 +33,6 @@ SOURCES = {
         "cap_feats",
         "text_bth",
         "input_ids",
-        "prior_token_id",
     ),
     "audio": ("audio_hidden_states", "sound_tokens"),
 }
@@ -199,7 +198,7 @@ def entered(small: SmallDenoiser, first: Call, second: Call) -> dict[str, set[in
 def test_it_runs_and_its_rows_differ(small: SmallDenoiser) -> None:
     model, arguments = built(small.name)
     assert type(model).__name__ == small.name
-    assert sum(parameter.numel() for parameter in model.parameters()) < 1_500_000
+    assert sum(parameter.numel() for parameter in model.parameters()) < 6_000_000
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     answer = result(model, arguments)
     assert torch.isfinite(answer).all()
@@ -229,7 +228,8 @@ def test_the_answer_depends_on_every_block(small: SmallDenoiser) -> None:
 @every
 def test_streams_are_returned_at_their_places(small: SmallDenoiser) -> None:
     assert set(small.tokens) == {stream for blocks in small.blocks for stream in blocks.streams}
-    assert len(set(small.tokens.values())) == len(small.tokens), "streams of as many tokens cannot be told apart"
+    first = [small.tokens[stream] for stream in small.blocks[0].streams]
+    assert len(set(first)) == len(first), "streams of as many tokens cannot be told apart"
     for blocks, call in calls(small.name):
         assert streams(small, blocks, call.returned)
 
@@ -251,19 +251,19 @@ def patch(row: Tensor, layout: tuple[int, int, int], place: tuple[int, int, int]
     """One at the latents of one token, zero elsewhere; of one row of latents, in whatever axes."""
     where = torch.zeros_like(row)
     tokens = torch.Size(layout).numel()
-    if row.ndim == 2 and row.shape[0] == tokens:
+    if row.ndim not in (3, 4) and row.shape[0] == tokens:
         token = (place[0] * layout[1] + place[1]) * layout[2] + place[2]
         where[token] = 1
         return where
-    grid = [(count, index) for count, index in zip(layout, place, strict=True)][-(row.ndim - 1) :]
+    grid = [(number, index) for number, index in zip(layout, place, strict=True)][-(row.ndim - 1) :]
     if row.ndim == 2:
         grid = [(layout[0], place[0])]
     for channel in range(row.ndim):
         axes = [axis for axis in range(row.ndim) if axis != channel]
-        if all(row.shape[axis] % count == 0 for axis, (count, _) in zip(axes, grid, strict=True)):
+        if all(row.shape[axis] % number == 0 for axis, (number, _) in zip(axes, grid, strict=True)):
             region: list[slice] = [slice(None)] * row.ndim
-            for axis, (count, index) in zip(axes, grid, strict=True):
-                size = row.shape[axis] // count
+            for axis, (number, index) in zip(axes, grid, strict=True):
+                size = row.shape[axis] // number
                 region[axis] = slice(index * size, (index + 1) * size)
             where[tuple(region)] = 1
             return where
@@ -272,7 +272,8 @@ def patch(row: Tensor, layout: tuple[int, int, int], place: tuple[int, int, int]
 
 @every
 def test_a_mark_in_the_latents_reaches_the_token_of_the_layout(small: SmallDenoiser) -> None:
-    assert small.tokens["visual"] == torch.Size(small.layout).numel()
+    before = small.tokens["visual"] - torch.Size(small.layout).numel()
+    assert before >= 0, "tokens of the layout are the last of the stream, as frames that were there before are its first"
     assert small.blocks[0].streams.count("visual") == 1
     _, arguments = built(small.name)
     source = next(name for name in SOURCES["visual"] if name in arguments)
@@ -287,12 +288,12 @@ def test_a_mark_in_the_latents_reaches_the_token_of_the_layout(small: SmallDenoi
             return patch(leaf, small.layout, place)
 
         changed = entered(small, plain, watched(small, **{source: moved(latents, mark)})[0])
-        assert changed["visual"] == {(place[0] * height + place[1]) * width + place[2]}, place
+        assert changed["visual"] == {before + (place[0] * height + place[1]) * width + place[2]}, place
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stated module in one call of its block: the streams it works for there, what it was given and what it returned."""
+    """A stated module in one call of its block: the streams it works for, what it was given and returned, in which turn."""
 
     blocks: Blocks
     call: Call
@@ -302,6 +303,7 @@ class Part:
     module: nn.Module
     given: tuple[tuple[Any, ...], dict[str, Any]]
     returned: Any
+    turn: int
 
 
 def parts(small: SmallDenoiser) -> Iterator[Part]:
@@ -316,6 +318,8 @@ def parts(small: SmallDenoiser) -> Iterator[Part]:
             for_streams = tuple(stream for stream in works_for if stream in written)
             if not for_streams:
                 continue
+            if getattr(call.block, path, call) is None:
+                continue  # only some of the blocks have it
             module, seen = call.block.get_submodule(path), []
 
             def note(_: nn.Module, values: Any, named: Any, output: Any, seen: list[Any] = seen) -> None:
@@ -326,8 +330,13 @@ def parts(small: SmallDenoiser) -> Iterator[Part]:
                 call.again()
             finally:
                 handle.remove()
-            assert len(seen) == 1, f"{path} returned {len(seen)} times in one call of {blocks.path}"
-            yield Part(blocks, call, site, path, for_streams, module, *seen[0])
+            if len(seen) == 1:
+                yield Part(blocks, call, site, path, for_streams, module, *seen[0], turn=0)
+                continue
+            assert len(seen) == len(for_streams), f"{path} returned {len(seen)} times in one call of {blocks.path}"
+            for turn, (given, returned) in enumerate(seen):
+                mine = [stream for stream in for_streams if sequence(returned, small.tokens[stream]) is not None]
+                yield Part(blocks, call, site, path, tuple(mine), module, given, returned, turn)
 
 
 def kept(value: Tensor, before: list[Tensor]) -> bool:
@@ -348,6 +357,34 @@ def item_of(small: SmallDenoiser, part: Part, stream: str, values: list[Any]) ->
 
 
 @every
+def test_every_stated_module_works_in_some_block(small: SmallDenoiser) -> None:
+    found = {(part.blocks.path, part.site, stream, part.path) for part in parts(small) for stream in part.streams}
+    stated_modules = {
+        (blocks.path, site, stream, path) for blocks in small.blocks for (site, stream), path in blocks.modules.items() if path
+    }
+    assert found == stated_modules
+    for blocks in small.blocks:
+        assert {("attn", "visual"), ("mlp", "visual")} <= set(blocks.modules)
+        assert {stream for _, stream in blocks.modules} == set(blocks.streams)
+
+
+def adding(index: int, place: slice, turn: int) -> Callable[[nn.Module, Any, Any], Any]:
+    """A hook that adds to the tokens at a place of one of the tensors that a module returns, in one of its turns."""
+    turns = count()
+
+    def add(_: nn.Module, __: Any, output: Any) -> Any:
+        def there(leaf: Tensor) -> Tensor:
+            where = torch.zeros_like(leaf)
+            if leaf is tree_leaves(output)[index]:
+                where.view(ROWS, -1, leaf.shape[-1])[:, place] = 1
+            return where
+
+        return moved(output, there) if next(turns) == turn else output
+
+    return add
+
+
+@every
 def test_what_is_added_to_a_stated_module_changes_its_stream(small: SmallDenoiser) -> None:
     for part in parts(small):
         plain = streams(small, part.blocks, part.call.again())
@@ -358,17 +395,7 @@ def test_what_is_added_to_a_stated_module_changes_its_stream(small: SmallDenoise
             index, place = found
             tokens = small.tokens[stream] if sequence(items[index], small.tokens[stream]) is not None else None
 
-            def add(_: nn.Module, __: Any, output: Any, index: int = index, place: slice = place) -> Any:
-                def there(leaf: Tensor) -> Tensor:
-                    if leaf is not tree_leaves(output)[index]:
-                        return torch.zeros_like(leaf)
-                    where = torch.zeros_like(leaf)
-                    where.view(ROWS, -1, leaf.shape[-1])[:, place] = 1
-                    return where
-
-                return moved(output, there)
-
-            handle = part.module.register_forward_hook(add)
+            handle = part.module.register_forward_hook(adding(index, place, part.turn))
             try:
                 edited = streams(small, part.blocks, part.call.again())
             finally:
@@ -406,15 +433,14 @@ def test_attention_mixes_tokens_and_a_feed_forward_does_not(small: SmallDenoiser
 def test_cross_attention_reads_something_else(small: SmallDenoiser) -> None:
     for part in parts(small):
         if part.site == "cross_attn":
-            visual = small.tokens["visual"]
 
-            def elsewhere(leaf: Tensor, visual: int = visual) -> Tensor:
-                return torch.full_like(leaf, float(sequence(leaf, visual) is None))
+            def elsewhere(leaf: Tensor, counts: tuple[int, int] = (small.tokens["visual"], total(small, part.blocks))) -> Tensor:
+                return torch.full_like(leaf, float(all(sequence(leaf, tokens) is None for tokens in counts)))
 
             with torch.no_grad():
                 values, named = moved(copied(part.given), elsewhere)
                 other = tree_leaves(part.module(*values, **named))[0]
-            assert differing(sequence(tree_leaves(part.returned)[0], visual), sequence(other, visual))
+            assert not torch.equal(tree_leaves(part.returned)[0], other)
 
 
 @every
@@ -426,7 +452,7 @@ def test_lists_aside_run_and_no_list_with_attention_is_forgotten(small: SmallDen
     handles = [
         child.register_forward_hook(lambda *_, path=path: ran.add(path))
         for path in outer | set(small.aside)
-        for child in model.get_submodule(path).children()
+        for child in model.get_submodule(path).modules()
     ]
     try:
         result(model, arguments)
@@ -457,7 +483,7 @@ def test_every_class_of_diffusers_is_there_or_refused_with_a_reason() -> None:
             for name, value in members.items()
             if inspect.isclass(value) and issubclass(value, diffusers.ModelMixin) and value.__module__.endswith(module.name)
         }
-    refused = [table for name, table in vars(small_denoisers).items() if name.isupper() and table is not DENOISERS]
+    refused = [table for table in vars(small_denoisers).values() if isinstance(table, dict) and table is not DENOISERS]
     stated_classes = [name for table in (DENOISERS, *refused) for name in table]
     assert sorted(stated_classes) == sorted(found)
     assert all(reason for table in refused for reason in table.values())

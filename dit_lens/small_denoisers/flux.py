@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers import (
+    BriaFiboTransformer2DModel,
+    BriaTransformer2DModel,
+    ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    LongCatImageTransformer2DModel,
+    OvisImageTransformer2DModel,
+)
 from torch import nn
 
 from dit_lens.small_denoisers import common
@@ -27,6 +35,8 @@ TOKENS = {"text": WORDS, "visual": 12}
 DOUBLE_BLOCKS = Blocks("transformer_blocks", count=2, streams=STREAMS, modules=DOUBLE)
 SINGLE_BLOCKS = Blocks("single_transformer_blocks", count=3, streams=STREAMS, modules=FUSED)
 """Single blocks join the two streams and part them again, each by itself."""
+JOINED_BLOCKS = Blocks("single_transformer_blocks", count=3, streams=STREAMS, modules=FUSED, joined=True)
+"""Single blocks that are given one sequence."""
 
 
 def flux() -> nn.Module:
@@ -59,6 +69,42 @@ def flux2_arguments() -> dict[str, Any]:
     }
 
 
+def packed_arguments() -> dict[str, Any]:
+    """Packed latents of an image and what goes with them, of a single timestep between 0 and 1."""
+    return common.packed_arguments(CHANNELS)
+
+
+def chroma() -> nn.Module:
+    """One network makes the modulations of all blocks."""
+    sizes = {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 2}
+    return alive(ChromaTransformer2DModel, **SIZES, **sizes)
+
+
+def long_cat() -> nn.Module:
+    """As Flux, without a pooled text."""
+    return alive(LongCatImageTransformer2DModel, **SIZES)
+
+
+def ovis() -> nn.Module:
+    """Gated feed-forwards, in the single blocks too."""
+    return alive(OvisImageTransformer2DModel, **SIZES, out_channels=CHANNELS)
+
+
+def bria() -> nn.Module:
+    """As Flux, without a pooled text."""
+    return alive(BriaTransformer2DModel, **SIZES)
+
+
+def bria_fibo() -> nn.Module:
+    """Before each block, half of the channels of the text are those of another layer of its encoder."""
+    return alive(BriaFiboTransformer2DModel, **SIZES, text_encoder_dim=12)
+
+
+def bria_fibo_arguments() -> dict[str, Any]:
+    """With a layer of the text's encoder for each block."""
+    return {**packed_arguments(), "text_encoder_layers": [common.texts(12) for _ in range(5)]}
+
+
 ALL = (
     SmallDenoiser(
         name="FluxTransformer2DModel",
@@ -72,12 +118,50 @@ ALL = (
         name="Flux2Transformer2DModel",
         make=flux2,
         arguments=flux2_arguments,
-        blocks=(
-            DOUBLE_BLOCKS,
-            # Its `attn` is attention and feed-forward in parallel, and returns their sum.
-            Blocks("single_transformer_blocks", count=3, streams=STREAMS, modules=FUSED, joined=True),
-        ),
+        blocks=(DOUBLE_BLOCKS, JOINED_BLOCKS),  # the latter's `attn` is attention and feed-forward, and returns their sum
         tokens=TOKENS,
         layout=IMAGE,
+    ),
+    SmallDenoiser(
+        name="ChromaTransformer2DModel",
+        make=chroma,
+        arguments=packed_arguments,
+        blocks=(DOUBLE_BLOCKS, JOINED_BLOCKS),
+        tokens=TOKENS,
+        layout=IMAGE,
+        aside=("distilled_guidance_layer.layers", "distilled_guidance_layer.norms"),
+    ),
+    SmallDenoiser(
+        name="LongCatImageTransformer2DModel",
+        make=long_cat,
+        arguments=packed_arguments,
+        blocks=(DOUBLE_BLOCKS, SINGLE_BLOCKS),
+        tokens=TOKENS,
+        layout=IMAGE,
+    ),
+    SmallDenoiser(
+        name="OvisImageTransformer2DModel",
+        make=ovis,
+        arguments=packed_arguments,
+        blocks=(DOUBLE_BLOCKS, SINGLE_BLOCKS),
+        tokens=TOKENS,
+        layout=IMAGE,
+    ),
+    SmallDenoiser(
+        name="BriaTransformer2DModel",
+        make=bria,
+        arguments=packed_arguments,
+        blocks=(DOUBLE_BLOCKS, SINGLE_BLOCKS),
+        tokens=TOKENS,
+        layout=IMAGE,
+    ),
+    SmallDenoiser(
+        name="BriaFiboTransformer2DModel",
+        make=bria_fibo,
+        arguments=bria_fibo_arguments,
+        blocks=(DOUBLE_BLOCKS, JOINED_BLOCKS),
+        tokens=TOKENS,
+        layout=IMAGE,
+        aside=("caption_projection",),
     ),
 )

@@ -1,15 +1,21 @@
-"""Small denoisers of images with blocks of two streams, after Stable Diffusion 3: AuraFlow and Qwen-Image too."""
+"""Small denoisers with blocks of two streams: Stable Diffusion 3, AuraFlow, Qwen-Image and JoyImage."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import AuraFlowTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    JoyImageEditPlusTransformer3DModel,
+    JoyImageEditTransformer3DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from torch import nn
 
 from dit_lens.small_denoisers import common
-from dit_lens.small_denoisers.common import DOUBLE, HEADS, IMAGE, ROTARY, TEXT_DIMENSION, WORDS
+from dit_lens.small_denoisers.common import DOUBLE, HEADS, IMAGE, ROTARY, TEXT_DIMENSION, VIDEO, WORDS
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_pipelines.making import alive
 
@@ -91,6 +97,47 @@ def qwen_image_arguments() -> dict[str, Any]:
     }
 
 
+JOY = {
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "text_dim": TEXT_DIMENSION,
+    "mlp_width_ratio": 2.0,
+    "num_layers": 3,
+    "rope_dim_list": list(ROTARY),
+}
+
+
+def joy_image() -> nn.Module:
+    """Pictures one after the other, as the frames of a video."""
+    return alive(JoyImageEditTransformer3DModel, **JOY)
+
+
+def joy_image_arguments() -> dict[str, Any]:
+    """Three frames."""
+    return {
+        "hidden_states": common.whole(layout=VIDEO),
+        "timestep": common.times(),
+        "encoder_hidden_states": common.texts(),
+    }
+
+
+def joy_image_plus() -> nn.Module:
+    """Pictures may differ in size, so they come cut into patches."""
+    return alive(JoyImageEditPlusTransformer3DModel, **JOY)
+
+
+def joy_image_plus_arguments() -> dict[str, Any]:
+    """Patches of three frames, (2, tokens, channels, 1, 2, 2), whose layout is told for each row."""
+    return {
+        "hidden_states": torch.randn(2, 24, 4, 1, 2, 2),
+        "timestep": common.times(),
+        "encoder_hidden_states": common.texts(),
+        "encoder_hidden_states_mask": torch.ones(2, WORDS),
+        "shape_list": [[VIDEO], [VIDEO]],
+    }
+
+
 ALL = (
     SmallDenoiser(
         name="AuraFlowTransformer2DModel",
@@ -118,5 +165,21 @@ ALL = (
         blocks=(Blocks("transformer_blocks", count=3, streams=STREAMS, modules=QWEN),),
         tokens={"text": WORDS, "visual": 12},
         layout=IMAGE,
+    ),
+    SmallDenoiser(
+        name="JoyImageEditTransformer3DModel",
+        make=joy_image,
+        arguments=joy_image_arguments,
+        blocks=(Blocks("double_blocks", count=3, streams=("visual", "text"), modules=QWEN),),
+        tokens={"visual": 24, "text": WORDS},
+        layout=VIDEO,
+    ),
+    SmallDenoiser(
+        name="JoyImageEditPlusTransformer3DModel",
+        make=joy_image_plus,
+        arguments=joy_image_plus_arguments,
+        blocks=(Blocks("double_blocks", count=3, streams=("visual", "text"), modules=QWEN),),
+        tokens={"visual": 24, "text": WORDS},
+        layout=VIDEO,
     ),
 )
