@@ -53,8 +53,9 @@ dit_lens.plants.stream dit_lens.plants.readings dit_lens.small_pipelines.making 
 dit_lens.small_pipelines.texts dit_lens.small_pipelines.vaes
 dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_pipelines.images
     dit_lens.small_pipelines.videos dit_lens.small_pipelines.wan dit_lens.small_denoisers.cogs
-    dit_lens.small_denoisers.flux dit_lens.small_denoisers.hunyuan dit_lens.small_denoisers.joint
-    dit_lens.small_denoisers.refined dit_lens.small_denoisers.wan
+    dit_lens.small_denoisers.experts dit_lens.small_denoisers.flux dit_lens.small_denoisers.hunyuan
+    dit_lens.small_denoisers.joint dit_lens.small_denoisers.kandinsky dit_lens.small_denoisers.refined
+    dit_lens.small_denoisers.sequences dit_lens.small_denoisers.wan
 dit_lens.small_pipelines.unusual
 dit_lens.small_pipelines dit_lens.small_denoisers
 dit_lens.plants.mechanisms

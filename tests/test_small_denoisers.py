@@ -56,8 +56,10 @@ PACKED = ("Cosmos3OmniTransformer",)
 ROUNDING = 1e-5
 """Experts see the tokens that chose them together, so that one token's choice rounds others differently."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-"""Mochi asks for float32 where autocast knows only smaller types."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi asks for float32 there
+    pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning"),  # Kandinsky 6 SR
+]
 every = pytest.mark.parametrize("small", DENOISERS.values(), ids=list(DENOISERS))
 
 

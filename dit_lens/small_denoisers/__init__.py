@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from dit_lens.errors import InputError
-from dit_lens.small_denoisers import cogs, flux, hunyuan, joint, refined, wan
+from dit_lens.small_denoisers import cogs, experts, flux, hunyuan, joint, kandinsky, refined, sequences, wan
 from dit_lens.small_denoisers.record import Blocks, SmallDenoiser
 from dit_lens.small_denoisers.refused import NO_DIT
 
 __all__ = ["DENOISERS", "NO_DIT", "Blocks", "SmallDenoiser", "denoiser"]
 
-FAMILIES = (flux, joint, cogs, hunyuan, refined, wan)
+FAMILIES = (flux, joint, cogs, hunyuan, refined, sequences, kandinsky, experts, wan)
 DENOISERS: dict[str, SmallDenoiser] = {small.name: small for family in FAMILIES for small in family.ALL}
 """Every small denoiser, by the name of its class."""
 

@@ -10,6 +10,7 @@ from diffusers import (
     BriaTransformer2DModel,
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
@@ -37,6 +38,7 @@ SINGLE_BLOCKS = Blocks("single_transformer_blocks", count=3, streams=STREAMS, mo
 """Single blocks join the two streams and part them again, each by itself."""
 JOINED_BLOCKS = Blocks("single_transformer_blocks", count=3, streams=STREAMS, modules=FUSED, joined=True)
 """Single blocks that are given one sequence."""
+IMAGE_ALONE = {("attn", "visual"): "attn", ("mlp", "visual"): "ff"}
 
 
 def flux() -> nn.Module:
@@ -72,6 +74,17 @@ def flux2_arguments() -> dict[str, Any]:
 def packed_arguments() -> dict[str, Any]:
     """Packed latents of an image and what goes with them, of a single timestep between 0 and 1."""
     return common.packed_arguments(CHANNELS)
+
+
+def flux3() -> nn.Module:
+    """Image and text pass blocks of their own first; everywhere, attention and feed-forward read the same."""
+    sizes = {**SIZES, "axes_dims_rope": (4, 4, 4, 4)}
+    return alive(Flux3Transformer2DModel, **sizes, cond_in_channels=CHANNELS, timestep_channels=16)
+
+
+def flux3_arguments() -> dict[str, Any]:
+    """As Flux 2's, without a scale of the guidance."""
+    return {name: value for name, value in flux2_arguments().items() if name != "guidance"}
 
 
 def chroma() -> nn.Module:
@@ -163,5 +176,19 @@ ALL = (
         tokens=TOKENS,
         layout=IMAGE,
         aside=("caption_projection",),
+    ),
+    SmallDenoiser(
+        name="Flux3Transformer2DModel",
+        make=flux3,
+        arguments=flux3_arguments,
+        blocks=(
+            Blocks(
+                "mode_blocks.image", count=2, streams=("visual",), modules={("attn", "visual"): "attn", ("mlp", "visual"): "ff"}
+            ),
+            Blocks("single_transformer_blocks", count=3, streams=STREAMS, modules={**DOUBLE, ("mlp", "text"): "ff"}),
+        ),
+        tokens=TOKENS,
+        layout=IMAGE,
+        aside=("txt_mode_blocks",),
     ),
 )
