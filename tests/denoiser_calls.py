@@ -103,6 +103,11 @@ def built(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return denoiser(name)
 
 
+def main(small: SmallDenoiser) -> str:
+    """The stream that is denoised: pictures, or, where there are none, sound."""
+    return "visual" if "visual" in small.tokens else "audio"
+
+
 @cache
 def rows(name: str) -> int:
     """Of the call of a denoiser."""
@@ -235,7 +240,7 @@ def parts(small: SmallDenoiser) -> Iterator[Part]:
         before = [leaf for leaf in call.leaves() if isinstance(leaf, Tensor)]
         after = streams(small, blocks, call.returned)
         written = {name for name, value in after.items() if value is not None and not kept(value, before)}
-        assert "visual" in written
+        assert main(small) in written
         for site, path in dict.fromkeys((site, path) for (site, _), path in blocks.modules.items() if path):
             works_for = [stream for (name, stream), other in blocks.modules.items() if (name, other) == (site, path)]
             mine = tuple(stream for stream in works_for if stream in written)
@@ -283,6 +288,20 @@ def adding(small: SmallDenoiser, where: Held, turn: int) -> Callable[[nn.Module,
         return moved(output, there) if next(turns) == turn else output
 
     return add
+
+
+def places_told(small: SmallDenoiser, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Where the tokens of packed latents lie, as a call says it: (tokens, 3) of frame, row and column from the first on."""
+    shapes = arguments.get("img_shapes") or arguments.get("shape_list")
+    if "num_frames" in arguments:
+        shapes = [[tuple(arguments[name] for name in ("num_frames", "height", "width"))]]
+    if shapes:
+        return torch.cartesian_prod(*(torch.arange(float(number)) for number in shapes[0][0]))
+    found = arguments.get("img_ids", arguments.get("position_ids"))
+    if found is None or found.shape[-1] < 3:
+        return None
+    whole = (found[0] if found.ndim == 3 else found)[-torch.Size(small.layout).numel() :, :3].float()
+    return whole - whole[0]
 
 
 def patch(row: Tensor, layout: tuple[int, int, int], place: tuple[int, int, int], start: int = 0) -> Tensor:

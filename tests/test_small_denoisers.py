@@ -18,9 +18,11 @@ from denoiser_calls import (
     differing,
     entered,
     held,
+    main,
     moved,
     parts,
     patch,
+    places_told,
     ranges,
     result,
     sequence,
@@ -50,7 +52,9 @@ SOURCES = {
     ),
     "audio": ("audio_hidden_states", "sound_tokens"),
 }
-"""Names of the arguments that a stream is made of; those are meant that a call has."""
+"""Names of the arguments that a stream is made of; those are meant that a call has. Sound alone has the names of pictures."""
+WHOLE_ANSWERS = ("Ideogram4Transformer2DModel", "QwenImage21Transformer2DModel")
+"""Answer with a value for each token of the text too."""
 PACKED = ("Cosmos3OmniTransformer",)
 """Take one row, as tokens without a batch."""
 ROUNDING = 1e-5
@@ -111,7 +115,8 @@ def test_streams_are_made_of_what_they_are_named_for(small: SmallDenoiser) -> No
     _, arguments = built(small.name)
     plain = watched(small)[0]
     for stream in small.blocks[0].streams:
-        sources = [name for name in SOURCES.get(stream, ()) if arguments.get(name) is not None]
+        names = SOURCES["visual" if stream == main(small) else stream] if stream != "extra" else ()
+        sources = [name for name in names if arguments.get(name) is not None]
         assert sources or stream == "extra", f"no argument is known to make {stream}"
         for source in sources:
             changed = entered(small, plain, watched(small, **{source: moved(arguments[source])})[0])
@@ -122,9 +127,10 @@ def test_streams_are_made_of_what_they_are_named_for(small: SmallDenoiser) -> No
 @every
 def test_a_mark_in_the_latents_reaches_the_token_of_the_layout(small: SmallDenoiser) -> None:
     blocks = small.blocks[0]
-    before = small.tokens["visual"] - torch.Size(small.layout).numel()
+    stream = main(small)
+    before = small.tokens[stream] - torch.Size(small.layout).numel()
     assert before >= 0, "tokens of the layout are the last of the stream; frames that were there before are its first"
-    start = ranges(small, blocks)["visual"].start if blocks.joined else 0
+    start = ranges(small, blocks)[stream].start if blocks.joined else 0
     _, arguments = built(small.name)
     source = next(name for name in SOURCES["visual"] if name in arguments)
     latents = arguments[source]
@@ -138,7 +144,39 @@ def test_a_mark_in_the_latents_reaches_the_token_of_the_layout(small: SmallDenoi
             return patch(leaf, small.layout, place)
 
         changed = entered(small, plain, watched(small, **{source: moved(latents, mark)})[0])
-        assert changed["visual"] == {before + (place[0] * height + place[1]) * width + place[2]}, place
+        assert changed[stream] == {before + (place[0] * height + place[1]) * width + place[2]}, place
+
+
+@every
+def test_the_layout_is_what_a_call_says_of_packed_latents(small: SmallDenoiser) -> None:
+    _, arguments = built(small.name)
+    latents = next(arguments[name] for name in SOURCES["visual"] if name in arguments)
+    tokens = torch.Size(small.layout).numel()
+    packed = isinstance(latents, Tensor) and latents.ndim in (3, 6) and latents.shape[1] >= tokens
+    if packed and small.layout[1:] != (1, 1):
+        told = places_told(small, arguments)
+        assert told is not None
+        assert torch.equal(told, torch.cartesian_prod(*(torch.arange(float(number)) for number in small.layout)))
+
+
+@every
+def test_the_answer_is_made_of_the_stream_that_is_denoised_alone(small: SmallDenoiser) -> None:
+    model, arguments = built(small.name)
+    plain = result(model, arguments)
+    blocks, call = calls(small.name)[-1]
+    for place, stream in enumerate(blocks.streams):
+        if blocks.joined:
+            where = Held(0, total(small, blocks), ranges(small, blocks)[stream], alone=True)
+        else:
+            where = Held(place, small.tokens[stream], slice(None), alone=True)
+        if tree_leaves(call.returned)[where.index] is None:
+            continue
+        handle = call.block.register_forward_hook(adding(small, where, turn=0))
+        try:
+            changed = not torch.equal(result(model, arguments), plain)
+        finally:
+            handle.remove()
+        assert changed == (stream == main(small) or small.name in WHOLE_ANSWERS), stream
 
 
 @every
@@ -147,7 +185,7 @@ def test_every_stated_module_works_in_some_block(small: SmallDenoiser) -> None:
     modules = {(blocks.path, *key, path) for blocks in small.blocks for key, path in blocks.modules.items() if path}
     assert found == modules
     for blocks in small.blocks:
-        assert {("attn", "visual"), ("mlp", "visual")} <= set(blocks.modules)
+        assert {("attn", main(small)), ("mlp", main(small))} <= set(blocks.modules)
         assert {stream for _, stream in blocks.modules} == set(blocks.streams)
 
 
@@ -200,7 +238,7 @@ def test_attention_mixes_tokens_and_a_feed_forward_does_not(small: SmallDenoiser
 def test_cross_attention_reads_something_else(small: SmallDenoiser) -> None:
     for part in parts(small):
         if part.site == "cross_attn":
-            own = (small.tokens["visual"], total(small, part.blocks))
+            own = (small.tokens[main(small)], total(small, part.blocks))
 
             def elsewhere(leaf: Tensor, own: tuple[int, int] = own) -> Tensor:
                 return torch.full_like(leaf, float(all(sequence(small, leaf, tokens) is None for tokens in own)))
