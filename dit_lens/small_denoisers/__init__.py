@@ -1,6 +1,6 @@
 """Small denoisers: every diffusion transformer of the installed diffusers with random weights, and the truth about each.
 
-`denoiser("FluxTransformer2DModel")` gives one of a few thousand parameters with the arguments of a call, and
+`denoiser("FluxTransformer2DModel")` gives one of a width of some thirty with the arguments of a call, and
 `DENOISERS["FluxTransformer2DModel"]` says what is true of it.
 """
 
