@@ -50,13 +50,15 @@ dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
 dit_lens.plants.stream dit_lens.plants.readings dit_lens.small_pipelines.making dit_lens.small_pipelines.record
     dit_lens.small_pipelines.schedules dit_lens.small_denoisers.record dit_lens.small_denoisers.refused
-    dit_lens.small_denoisers.uncompiled
+    dit_lens.small_denoisers.uncompiled dit_lens.small_denoisers.common
 dit_lens.small_pipelines.texts dit_lens.small_pipelines.vaes dit_lens.small_denoisers.crossed
 dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_pipelines.images
     dit_lens.small_pipelines.videos dit_lens.small_pipelines.wan dit_lens.small_denoisers.wan
     dit_lens.small_denoisers.ltx dit_lens.small_denoisers.lumina dit_lens.small_denoisers.sana dit_lens.small_denoisers.sounds
     dit_lens.small_denoisers.older dit_lens.small_denoisers.proteins dit_lens.small_denoisers.reading
-    dit_lens.small_denoisers.videos
+    dit_lens.small_denoisers.videos dit_lens.small_denoisers.cogs dit_lens.small_denoisers.experts dit_lens.small_denoisers.flux
+    dit_lens.small_denoisers.hunyuan dit_lens.small_denoisers.joint dit_lens.small_denoisers.kandinsky
+    dit_lens.small_denoisers.refined dit_lens.small_denoisers.sequences
 dit_lens.small_pipelines.unusual dit_lens.small_denoisers.chunked dit_lens.small_denoisers.wan_kin
 dit_lens.small_pipelines dit_lens.small_denoisers
 dit_lens.plants.mechanisms

@@ -1,6 +1,6 @@
 """Small denoisers: every diffusion transformer of the installed diffusers with random weights, and the truth about each.
 
-`denoiser("FluxTransformer2DModel")` gives one of a few thousand parameters with the arguments of a call, and
+`denoiser("FluxTransformer2DModel")` gives one of a width of some thirty with the arguments of a call, and
 `DENOISERS["FluxTransformer2DModel"]` says what is true of it.
 """
 
@@ -13,13 +13,21 @@ from torch import nn
 from dit_lens.errors import InputError
 from dit_lens.small_denoisers import (
     chunked,
+    cogs,
     crossed,
+    experts,
+    flux,
+    hunyuan,
+    joint,
+    kandinsky,
     ltx,
     lumina,
     older,
     proteins,
     reading,
+    refined,
     sana,
+    sequences,
     sounds,
     videos,
     wan,
@@ -30,11 +38,11 @@ from dit_lens.small_denoisers.refused import NO_DIT
 
 __all__ = ["DENOISERS", "NO_DIT", "Blocks", "SmallDenoiser", "denoiser"]
 
-DENOISERS: dict[str, SmallDenoiser] = {
-    small.name: small
-    for family in (chunked, crossed, ltx, lumina, older, proteins, reading, sana, sounds, videos, wan, wan_kin)
-    for small in family.ALL
-}
+_families = (
+    *(flux, joint, cogs, hunyuan, refined, sequences, kandinsky, experts),
+    *(wan, wan_kin, chunked, videos, ltx, crossed, lumina, sana, reading, sounds, older, proteins),
+)
+DENOISERS: dict[str, SmallDenoiser] = {small.name: small for family in _families for small in family.ALL}
 """Every small denoiser, by the name of its class."""
 
 

@@ -26,6 +26,8 @@ class Blocks:
         modules: by (site, stream), the path in the block of the module whose output is that site, for `attn`, `cross_attn`
             and `mlp`. Where one module computes a site for several streams, it stands at each. "" where the block
             computes it, but no module of its own returns it (one projection for attention and MLP, or lines of code).
+            Some blocks of a list may lack a module, as the last one that of a text of which nothing is read anymore. A
+            module of several streams may be called for one after the other (CogView 4).
     """
 
     path: str
@@ -43,10 +45,12 @@ class SmallDenoiser:
         name: of the class.
         make: makes it, with weights from torch's generator; `build` gives that a seed.
         arguments: makes the arguments of one call with two rows that differ, by name; from torch's generator too.
-        blocks: in the order in which they run.
-        tokens: how many tokens each stream has in that call.
+        blocks: in the order in which they run; one entry for each list, or several where its blocks differ in their streams.
+            All that carry the visual stream, also before it joins the text.
+        tokens: how many tokens each stream has in that call; with those that share its place in a block's return value, as
+            registers or tokens of a picture before a text.
         layout: (frames, height, width) of the visual tokens; frames are latent frames, an image is one. Of a sound,
-            (length, 1, 1).
+            (length, 1, 1). Where the stream has more tokens than these, they are its last (Framepack).
         aside: paths of lists that run and are no blocks, as refiners of a text.
     """
 
