@@ -28,8 +28,10 @@ from dit_lens.architectures.stack import AUDIO, EXTRA, TEXT, VISUAL, Stack
 from dit_lens.architectures.watching import Call, is_stream, watched
 from dit_lens.errors import InputError, listed
 
-ASIDE = ("refiner", "motion_encoder", "face_adapter", "vace_blocks", "connector")
+ASIDE = ("motion_encoder", "face_adapter", "vace_blocks", "connector")
 """In the paths of lists whose modules prepare or add to a stream, and are no blocks of it."""
+WORDS = ("encoder_hidden_states", "text", "txt", "prompt", "caption", "cap_", "context", "input_ids", "words")
+"""In the names of arguments that are a text, where several arguments move tokens."""
 FARTHEST = 8
 """How far apart two places in one patch are looked for."""
 
@@ -65,52 +67,224 @@ def discover(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Found:
     Raises:
         Undecided: what was seen allows no answer, or several.
     """
-    name = type(denoiser).__name__
     calls = watched(denoiser, arguments)
-    lists = list(dict.fromkeys(call.path for call in calls))
-    aside = tuple(path for path in lists if any(part in path for part in ASIDE))
-    groups = {path: [call for call in calls if call.path == path] for path in lists if path not in aside}
-    if not groups:
-        raise Undecided(f"a {name} hands tokens through no list of modules; describe it with dl.register(Architecture(...))")
-    order = [path for path, _ in groupby(call.path for call in calls if call.path in groups)]
-    if len(order) > len(groups):
-        raise Undecided(
-            f"the {name} goes back and forth between {listed(groups)}; describe it with dl.register(Architecture(...))"
-        )
-    marked = _Marked(denoiser, arguments, next(iter(groups.values()))[0])
-    stacks: list[Stack] = []
-    tokens: dict[str, int] = {}
-    before: list[tuple[tuple[str, ...], Tensor]] = []
-    for path, members in groups.items():
-        carried = _carried(members)
-        if not carried:
-            raise Undecided(f"blocks of {path} of the {name} return nothing that the next one takes; describe it with a record")
-        if not before and members[0] is not marked.first:
-            marked = _Marked(denoiser, arguments, members[0])
-        held = [_of_call(members[0], parameter, before, tokens) or marked.streams(parameter) for parameter in carried]
-        if not any(VISUAL in streams for streams in held):
-            aside = (*aside, path)
-            continue
-        for parameter, streams in zip(carried, held, strict=True):
-            if len(streams) == 1:
-                tokens.setdefault(streams[0], members[0].given[parameter].shape[1])
-            elif not before:
-                tokens.update(marked.regions(parameter))
-        if len(held) > 1 and any(len(streams) > 1 for streams in held):
-            raise Undecided(f"blocks of {path} of the {name} have a joined sequence and {len(held) - 1} more; write a record")
-        flat = tuple(stream for streams in held for stream in streams)
-        places = tuple(carried.values())
-        stack = _stack(path, flat, carried, members[0], tokens)
+    if not calls:
+        who = type(denoiser).__name__
+        raise Undecided(f"a {who} hands tokens through no list of modules; describe it with dl.register(Architecture(...))")
+    return _Discovery(denoiser, arguments, calls).found()
+
+
+class _Discovery:
+    """One denoiser, whose lists are gone through in the order in which they are called."""
+
+    def __init__(self, denoiser: nn.Module, arguments: Mapping[str, Any], calls: Sequence[Call]) -> None:
+        self.denoiser, self.arguments, self.calls = denoiser, arguments, calls
+        self.name = type(denoiser).__name__
+        self.lists = list(dict.fromkeys(call.path for call in calls))
+        self.stacks: list[Stack] = []
+        self.tokens: dict[str, int] = {}
+        self.before: list[Piece] = []
+        self.beside: list[Piece] = []
+
+    def found(self) -> Found:
+        """What `discover` found."""
+        for path in self.lists:
+            members = [call for call in self.calls if call.path == path]
+            if not any(part in path for part in ASIDE) and not _adapts(path, members, self.calls):
+                self._list(path, members)
+        if not self.stacks:
+            raise Undecided(f"no list of the {self.name} carries tokens that change with its latents; describe it with a record")
+        kept = [stack.path for stack in self.stacks]
+        order = [path for path, _ in groupby(call.path for call in self.calls if call.path in kept)]
+        if len(order) > len(kept):
+            raise Undecided(
+                f"the {self.name} goes back and forth between {listed(kept)}; describe it with dl.register(Architecture(...))"
+            )
+        # What prepares the visual stream mixes its tokens, so places are marked before it where there is such a list.
+        marks = [_Marked(self.denoiser, self.arguments, self._first(path)) for path in self.lists]
+        patches = (mark.patches(self.tokens[VISUAL]) for mark in marks)
+        aside = tuple(path for path in self.lists if path not in kept)
+        found = next((one for one in patches if one is not None), None)
+        return Found(marks[0].latents, tuple(self.stacks), aside, self.tokens, found)
+
+    def _first(self, path: str) -> Call:
+        return next(call for call in self.calls if call.path == path)
+
+    def _list(self, path: str, members: Sequence[Call]) -> None:
+        """Go through one list: it is a stack, or what it makes is kept for stacks that take it."""
+        carried = _carried(members) if len({type(call.block) for call in members}) == 1 else {}
+        if not carried and any(call.attends for call in members):
+            raise Undecided(
+                f"blocks of {path} of the {self.name} return nothing that the next one takes; describe it with a record"
+            )
+        held = [self._held(members[0], parameter) for parameter in carried]
+        flat = tuple(stream for regions in held for stream, _ in regions)
+        pieces = [
+            Piece(tuple(stream for stream, _ in regions), members[-1], place)
+            for regions, place in zip(held, carried.values(), strict=True)
+        ]
+        if VISUAL not in flat:
+            self.beside += [self._spoken(piece) for piece in pieces]
+            return
+        rows = len(self.arguments[_latents(self.denoiser, self.arguments)])
+        if any(len(members[0].given[parameter]) != rows for parameter in carried):
+            raise Undecided(
+                f"blocks of {path} of the {self.name} have {len(members[0].given[next(iter(carried))])} rows for {rows} samples:"
+                " rows and tokens are in another order; describe it with a record"
+            )
+        _check_streams(f"blocks of {path} of the {self.name}", [piece.streams for piece in pieces])
+        _check_fed(self.denoiser, self.arguments, members, carried)
+        for regions in held:
+            for stream, count in regions:
+                self.tokens.setdefault(stream, count)
+        stack = _stack(path, flat, carried, members[0], self.tokens)
         variants = ((number, _variant(stack, carried, call)) for number, call in enumerate(members))
-        stacks.append(replace(stack, variants=tuple((number, other) for number, other in variants if other != stack)))
-        before = [(streams, members[-1].returned[place]) for streams, place in zip(held, places, strict=True)]
-    if not stacks:
-        raise Undecided(f"no list of the {name} carries tokens that change with its latents; describe it with a record")
-    # What prepares the visual stream mixes its tokens, so places are marked before it where there is such a list.
-    starts = [next(call for call in calls if call.path == path) for path in lists]
-    found = (_Marked(denoiser, arguments, start).patches(tokens[VISUAL]) for start in starts)
-    patches = next((patches for patches in found if patches is not None), None)
-    return Found(marked.latents, tuple(stacks), aside, tokens, patches)
+        self.stacks.append(replace(stack, variants=tuple((number, other) for number, other in variants if other != stack)))
+        self.before = [piece for piece in pieces if piece.tensor is not None]
+        self.beside = [piece for piece in self.beside if not set(piece.streams) & set(flat)]
+
+    def _spoken(self, piece: Piece) -> Piece:
+        """A piece of learned tokens that have taken in the text by the end of their list, as a text."""
+        if piece.streams != (EXTRA,):
+            return piece
+        number = [call for call in self.calls if call.path == piece.call.path].index(piece.call)
+        for name in _spoken_arguments(self.denoiser, self.arguments):
+            after = watched(self.denoiser, {**self.arguments, name: _other(self.arguments[name])})
+            there = [call for call in after if call.path == piece.call.path]
+            if len(there) > number and not _same(there[number].returned[piece.place], piece.tensor):
+                return replace(piece, streams=(TEXT,))
+        return piece
+
+    def _held(self, call: Call, parameter: str) -> list[tuple[str, int]]:
+        """The streams in what a parameter brings to a list's first block, with their lengths."""
+        given, pieces = call.given[parameter], [*self.before, *self.beside]
+        for count in range(1, len(pieces) + 1):
+            for some in permutations(pieces, count):
+                tensors = [piece.tensor for piece in some]
+                if _fit(tensors) and _same(torch.cat(tensors, dim=1), given):
+                    return [part for piece in some for part in self._lengths(piece)]
+        marked = _Marked(self.denoiser, self.arguments, call)
+        if not self.before:
+            return marked.regions(parameter)
+        # What was changed since still changes with what it was made of; what does not has met no other stream yet.
+        unmoved = torch.zeros(given.shape[1], dtype=torch.bool)
+        fed = [_moved(self.denoiser, self.arguments, piece, call).get(parameter, unmoved) for piece in pieces]
+        owners = [next((number for number, mask in enumerate(fed) if mask[place]), None) for place in range(given.shape[1])]
+        names: list[str] = []
+        for owner, its in groupby(owners):
+            count = len(list(its))
+            if owner is None:
+                names += marked.names(parameter)[len(names) : len(names) + count]
+            elif len(pieces[owner].streams) == 1:
+                names += [pieces[owner].streams[0]] * count
+            else:
+                names += [stream for stream, length in self._lengths(pieces[owner]) for _ in range(length)]
+        if len(names) != given.shape[1]:
+            raise Undecided(
+                f"{parameter} of {call.path} of the {self.name} has {given.shape[1]} tokens, which are not those that came before"
+                f" it ({listed(f'{count} {stream}' for stream, count in self.tokens.items())}); describe it with a record"
+            )
+        return _runs(names, f"{parameter} of {call.path} of the {self.name}")
+
+    def _lengths(self, piece: Piece) -> list[tuple[str, int]]:
+        """The streams of a piece with their lengths."""
+        if len(piece.streams) == 1:
+            return [(piece.streams[0], piece.tensor.shape[1])]
+        return [(stream, self.tokens[stream]) for stream in piece.streams]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A tensor that a list's last block returned, with the streams in it."""
+
+    streams: tuple[str, ...]
+    call: Call
+    place: int
+
+    @property
+    def tensor(self) -> Any:
+        """The tensor; None where that block returns nothing there."""
+        return self.call.returned[self.place]
+
+
+def _adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
+    """Whether a list's modules run between the blocks of another list, and what they return is added to what those carry."""
+    positions = [place for place, call in enumerate(calls) if call.path == path]
+    if positions[-1] - positions[0] + 1 == len(positions):
+        return False
+    later = [tensor for call in calls[positions[0] :] for tensor in call.taken().values()]
+    own = [tensor for call in members[:-1] for tensor in call.returned if is_stream(tensor)]
+    others = [call for call in calls[positions[0] : positions[-1]] if call.path != path]
+    theirs = [tensor for call in others for tensor in call.returned if is_stream(tensor)]
+    own_taken, theirs_taken = (any(_same(one, other) for one in some for other in later) for some in (own, theirs))
+    return theirs_taken and not own_taken
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _moved(denoiser: nn.Module, arguments: Mapping[str, Any], piece: Piece, call: Call) -> dict[str, Bool[Tensor, " tokens"]]:
+    """Which tokens of a later list's first call change when something is added to a piece."""
+    after = _with_output_moved(denoiser, arguments, piece.call, piece.place, until=call.path)[-1].taken()
+    return {
+        name: (tensor != after[name]).any(dim=-1).any(dim=0)
+        for name, tensor in call.taken().items()
+        if name in after and after[name].shape == tensor.shape
+    }
+
+
+def _check_streams(who: str, held: Sequence[tuple[str, ...]]) -> None:
+    """Refuse streams that could not be told apart in a call of other lengths."""
+    joined = next((streams for streams in held if len(streams) > 1), ())
+    if joined and len(held) > 1:
+        raise Undecided(f"{who} have a joined sequence of {listed(joined)} and {len(held) - 1} more; write a record")
+    if len(set(joined) - {VISUAL, EXTRA}) > 1:
+        raise Undecided(f"{who} have {listed(joined)} in one sequence, whose lengths cannot be told apart; write a record")
+
+
+def _check_fed(denoiser: nn.Module, arguments: Mapping[str, Any], members: Sequence[Call], carried: Mapping[str, int]) -> None:
+    """Refuse a list in which some block does not go on from what the one before it returned.
+
+    What is bit by bit the same is that. Elsewhere something may have been added in between: then what the block takes changes
+    with what the one before returns.
+    """
+    path = members[0].path
+    loose = [
+        (number, parameter, place)
+        for number, (call, after) in enumerate(pairwise(members))
+        for parameter, place in carried.items()
+        if call.returned[place] is not None
+        and not (
+            after.given[parameter].shape == call.returned[place].shape
+            and torch.equal(after.given[parameter], call.returned[place])
+        )
+    ]
+    # In a long list of which every block gets something added, the first and the last ones tell.
+    for number, parameter, place in loose if len(loose) <= 8 else [*loose[:2], *loose[-4:]]:
+        changed = _with_output_moved(denoiser, arguments, members[number], place)
+        again = [call for call in changed if call.path == path][number + 1].given[parameter]
+        given = members[number + 1].given[parameter]
+        if again.shape != given.shape or torch.equal(again, given):
+            raise Undecided(
+                f"block {number + 1} of {path} of the {type(denoiser).__name__} does not go on from {parameter} of the one before"
+                " it; describe it with a record"
+            )
+
+
+def _with_output_moved(denoiser: nn.Module, arguments: Mapping[str, Any], call: Call, place: int, until: str = "") -> list[Call]:
+    """The calls, as `watched` gives them, when something is added to one of the tensors that a block returns."""
+
+    def added(module: nn.Module, args: Any, output: Any) -> Any:
+        tensors = list(output) if isinstance(output, tuple) else [output]
+        tensors[place] = tensors[place] + 1.5
+        return tuple(tensors) if isinstance(output, tuple) else tensors[0]
+
+    handle = call.block.register_forward_hook(added)
+    try:
+        return watched(denoiser, arguments, until)
+    finally:
+        handle.remove()
 
 
 def _stack(path: str, streams: tuple[str, ...], carried: Mapping[str, int], call: Call, tokens: Mapping[str, int]) -> Stack:
@@ -143,25 +317,14 @@ def _variant(stack: Stack, carried: Mapping[str, int], call: Call) -> Stack:
     )
 
 
-def _of_call(
-    call: Call, parameter: str, before: Sequence[tuple[tuple[str, ...], Tensor]], tokens: Mapping[str, int]
-) -> tuple[str, ...]:
-    """What a parameter of a later stack's first call holds: what the stack before returned, or some of it in one sequence."""
-    if not before:
-        return ()
-    given = call.given[parameter]
-    for count in range(1, len(before) + 1):
-        for some in permutations(before, count):
-            together = torch.cat([tensor for _, tensor in some], dim=1) if _fit([tensor for _, tensor in some]) else None
-            if together is not None and together.shape == given.shape and torch.equal(together, given):
-                return tuple(stream for streams, _ in some for stream in streams)
-    lengths = [stream for stream, length in tokens.items() if length == given.shape[1]]
-    if len(lengths) == 1:
-        return (lengths[0],)
-    raise Undecided(
-        f"{parameter} of {call.path} has {given.shape[1]} tokens, which are not those that came before it"
-        f" ({listed(f'{length} {stream}' for stream, length in tokens.items())}); describe it with a record"
-    )
+def _runs(names: Sequence[str], who: str) -> list[tuple[str, int]]:
+    """Streams with their lengths, from the stream of every token; an error where one lies in several places."""
+    runs = [(stream, len(list(its))) for stream, its in groupby(names)]
+    streams = [stream for stream, _ in runs]
+    scattered = [stream for stream in streams if streams.count(stream) > 1]
+    if scattered:
+        raise Undecided(f"the {scattered[0]} tokens of {who} do not lie together; describe it with a record")
+    return runs
 
 
 def _fit(tensors: Sequence[Tensor]) -> bool:
@@ -192,17 +355,15 @@ class _Marked:
 
     def __init__(self, denoiser: nn.Module, arguments: Mapping[str, Any], first: Call) -> None:
         self.denoiser, self.arguments, self.first = denoiser, dict(arguments), first
-        names = inspect.signature(type(denoiser).forward).parameters
-        self.latents = next((name for name in names if is_movable(self.arguments.get(name))), "")
-        if not self.latents:
-            raise Undecided(f"a {type(denoiser).__name__} takes no latents, as (batch, channels, ...); describe it with a record")
+        self.latents = _latents(denoiser, arguments)
         self.moved: dict[str, dict[str, Tensor]] = {}
-        for name, value in self.arguments.items():
-            if is_movable(value):
-                stream = VISUAL if name == self.latents else AUDIO if "audio" in name else TEXT
-                for parameter, changed in self.changes({name: _other(value)}).items():
-                    known = self.moved.setdefault(stream, {})
-                    known[parameter] = known[parameter] | changed if parameter in known else changed
+        others = {name: value for name, value in self.arguments.items() if name != self.latents and is_movable(value, name)}
+        spoken = _spoken_arguments(denoiser, arguments)
+        for name, value in ((self.latents, self.arguments[self.latents]), *others.items()):
+            stream = VISUAL if name == self.latents else AUDIO if "audio" in name else TEXT if name in spoken else EXTRA
+            for parameter, changed in self.changes({name: _other(value)}).items():
+                known = self.moved.setdefault(stream, {})
+                known[parameter] = known[parameter] | changed if parameter in known else changed
 
     def changes(self, new: Mapping[str, Any]) -> dict[str, Bool[Tensor, " tokens"]]:
         """Which tokens of the first block's arguments are other ones, when the denoiser is given something else."""
@@ -215,34 +376,26 @@ class _Marked:
             if there is not None and there.shape == tensor.shape
         }
 
+    def names(self, parameter: str) -> list[str]:
+        """The stream of every token."""
+        count = self.first.given[parameter].shape[1]
+        unmoved = torch.zeros(count, dtype=torch.bool)
+        moved = {stream: self.moved.get(stream, {}).get(parameter, unmoved) for stream in (VISUAL, AUDIO, TEXT)}
+        return [next((stream for stream in moved if moved[stream][place]), EXTRA) for place in range(count)]
+
     def regions(self, parameter: str) -> list[tuple[str, int]]:
         """The streams of one sequence in their order, with their lengths."""
-        moved = {stream: changed[parameter] for stream, changed in self.moved.items() if parameter in changed}
-        visual = moved.get(VISUAL)
-        if visual is None or not visual.any():
-            others = [stream for stream in (TEXT, AUDIO) if stream in moved and moved[stream].any()]
-            return [(others[0] if len(others) == 1 else EXTRA, self.first.given[parameter].shape[1])]
-        places = visual.nonzero().flatten()
-        start, end = int(places[0]), int(places[-1]) + 1
-        if len(places) < end - start:
-            raise Undecided(
-                f"the visual tokens of {parameter} of {self.first.path} do not lie together; describe it with a record"
-            )
-        found = [(VISUAL, end - start)]
-        for place, (low, high) in enumerate(((0, start), (end, len(visual)))):
-            if high > low:
-                spoken = any(moved[stream][low:high].any() for stream in moved if stream == TEXT)
-                found.insert(0 if place == 0 else len(found), (TEXT if spoken else EXTRA, high - low))
-        return found
-
-    def streams(self, parameter: str) -> tuple[str, ...]:
-        """The names of `regions`."""
-        return tuple(stream for stream, _ in self.regions(parameter))
+        names = self.names(parameter)
+        if VISUAL not in names:
+            spoken = set(names) - {EXTRA}
+            return [(spoken.pop() if len(spoken) == 1 else EXTRA, len(names))]
+        return _runs(names, f"{parameter} of {self.first.path} of the {type(self.denoiser).__name__}")
 
     def patches(self, count: int) -> Patches | None:
         """How so many visual tokens cover the latents: a place is marked, and the token that changes is looked for."""
         latents = self.arguments[self.latents]
-        for parameter in self.first.taken() if isinstance(latents, Tensor) else ():
+        shape = (len(latents), *latents[0].shape)
+        for parameter in self.first.taken():
             try:
                 regions = self.regions(parameter)
             except Undecided:
@@ -250,24 +403,26 @@ class _Marked:
             start = 0
             for stream, length in regions:
                 if (stream, length) == (VISUAL, count):
-                    tried = {3: ("tc", "cf"), 4: ("chw",), 5: ("cfhw", "fchw")}.get(latents.ndim, ())
-                    found = (self._patches(latents, axes, parameter, start, count) for axes in tried)
+                    tried = {3: ("tc", "cf"), 4: ("chw",), 5: ("cfhw", "fchw", "fhwc"), 6: ("tcccc",)}.get(len(shape), ())
+                    found = (self._patches(shape, axes, parameter, start, count) for axes in tried)
                     return next((patches for patches in found if patches is not None), None)
                 start += length
         return None
 
-    def _patches(self, latents: Tensor, axes: str, holder: str, start: int, count: int) -> Patches | None:
+    def _patches(self, shape: Sequence[int], axes: str, holder: str, start: int, count: int) -> Patches | None:
         """The patches, if the latents have these axes."""
         kept = [place for place, axis in enumerate(axes) if axis != "c"]
-        lengths = [latents.shape[1 + place] for place in kept]
+        lengths = [shape[1 + place] for place in kept]
+        latents = self.arguments[self.latents]
 
         def token(position: Sequence[int]) -> int | None:
             """Which visual token changes with the latents at a position."""
-            where: list[Any] = [slice(None)] * latents.ndim
+            where: list[Any] = [slice(None)] * (len(shape) - 1)
             for place, index in zip(kept, position, strict=True):
-                where[1 + place] = index
-            marked = latents.clone()
-            marked[tuple(where)] += 1.5
+                where[place] = index
+            marked = latents.clone() if isinstance(latents, Tensor) else [one.clone() for one in latents]
+            for one in marked:
+                one[tuple(where)] += 1.5
             changed = self.changes({self.latents: marked}).get(holder)
             places = [] if changed is None else changed.nonzero().flatten().tolist()
             return places[0] - start if len(places) == 1 else None
@@ -291,16 +446,39 @@ class _Marked:
         return Patches(axes, tuple(sizes))
 
 
-def is_movable(value: Any) -> bool:
-    """Whether an argument holds latents or embeddings: numbers in at least two axes, beside the batch or in a list."""
+def _latents(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str:
+    """The first parameter of a denoiser that can take latents."""
+    names = inspect.signature(type(denoiser).forward).parameters
+    found = next((name for name in names if is_movable(arguments.get(name))), "")
+    if not found:
+        raise Undecided(f"a {type(denoiser).__name__} takes no latents, as (batch, channels, ...); describe it with a record")
+    return found
+
+
+def _spoken_arguments(denoiser: nn.Module, arguments: Mapping[str, Any]) -> list[str]:
+    """The arguments that are a text: those that are called so, or all but the latents where none is."""
+    latents = _latents(denoiser, arguments)
+    others = [name for name, value in arguments.items() if name != latents and is_movable(value, name)]
+    return [name for name in others if any(word in name for word in WORDS)] or others
+
+
+def is_movable(value: Any, name: str = "") -> bool:
+    """Whether an argument holds latents or embeddings: numbers in at least two axes, beside the batch or in a list.
+
+    Or tokens of a text as whole numbers, under the name that says so.
+    """
     if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(one, Tensor) and one.is_floating_point() for one in value)
+        return len(value) > 0 and all(isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1 for one in value)
+    if isinstance(value, Tensor) and "input_ids" in name:
+        return value.ndim == 2
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
 
 
 def _other(value: Any) -> Any:
-    """Another value of the same shape, different everywhere."""
+    """Another value of the same shape, different everywhere; of whole numbers, the same ones elsewhere."""
     if isinstance(value, (list, tuple)):
         return type(value)(_other(one) for one in value)
+    if not value.is_floating_point():
+        return value.roll(1, dims=-1)
     noise: Tensor = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
     return value + 1 + noise

@@ -93,7 +93,9 @@ def packed_layout(tokens: int, arguments: Mapping[str, Any]) -> Layout:
 
 def _of_shapes(value: Any) -> Layout | None:
     """A list of (frames, height, width), one for each sample and all alike, or a list of such lists of one."""
-    while isinstance(value, list) and value and isinstance(value[0], (list, tuple)) and all(one == value[0] for one in value):
+    while isinstance(value, list) and value and isinstance(value[0], (list, tuple)):
+        if any(repr(one) != repr(value[0]) for one in value):
+            return None
         value = value[0]
     if isinstance(value, tuple) and len(value) == 3 and all(isinstance(size, int) for size in value):
         return Layout(*value)
@@ -111,9 +113,16 @@ def _of_positions(value: Any, tokens: int) -> Layout | None:
         value = value[..., 0]
     if value.ndim == 3 and value.shape[1:] == (3, tokens) and tokens > 4:
         value = value.mT
-    if value.ndim not in (2, 3) or value.shape[-2] != tokens or value.shape[-1] not in (3, 4):
+    if value.ndim not in (2, 3) or value.shape[-2] < tokens or value.shape[-1] not in (3, 4):
         return None
     positions = value[0] if value.ndim == 3 else value
+    # Where those of other streams stand beside them, they are at one end.
+    return _grid(positions[:tokens]) or _grid(positions[-tokens:])
+
+
+def _grid(positions: Tensor) -> Layout | None:
+    """The layout whose places these are, one after the other."""
+    tokens = len(positions)
     places = [column.unique(return_inverse=True) for column in positions.unbind(1)]
     moving = [(len(values), inverse) for values, inverse in places if len(values) > 1]
     counts = [count for count, _ in moving]

@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+QUERIES = ("to_q", "to_qkv", "qkv", "q_proj", "to_query", "wq")
+"""Names of the linear map to queries, which attention has that calls no usual function."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of a module of a list: what it was given, by parameter, and what it returned.
 
-    `bare` says that it returned one thing and no tuple, `wrote` which of the tensors that it was given it wrote into.
+    `bare` says that it returned one thing and no tuple, `wrote` which of the tensors that it was given it wrote into, and
+    `attends` whether it called scaled dot-product attention, or has queries.
     """
 
     path: str
@@ -29,10 +35,26 @@ class Call:
     returned: tuple[Any, ...]
     bare: bool = True
     wrote: tuple[str, ...] = ()
+    attends: bool = False
 
     def taken(self) -> dict[str, Tensor]:
         """The arguments that can be streams: (batch, tokens, channels)."""
         return {name: value for name, value in self.given.items() if is_stream(value)}
+
+
+class _Counting(TorchFunctionMode):
+    """Counts calls of scaled dot-product attention."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def has_queries(module: nn.Module) -> bool:
+    """Whether a module, or one in it, has a linear map to queries, by its name."""
+    return any(hasattr(part, name) for part in module.modules() for name in QUERIES)
 
 
 class _Enough(Exception):
@@ -42,16 +64,17 @@ class _Enough(Exception):
 def watched(denoiser: nn.Module, arguments: Mapping[str, Any], until: str = "") -> list[Call]:
     """The calls of modules of lists in their order, or those up to the first one of a list that is then left."""
     calls: list[Call] = []
-    with torch.no_grad(), _hooked(denoiser, calls, until), suppress(_Enough):
+    with torch.no_grad(), _Counting() as counted, _hooked(denoiser, calls, until, counted), suppress(_Enough):
         denoiser(**arguments)
     return calls
 
 
 @contextmanager
-def _hooked(denoiser: nn.Module, calls: list[Call], until: str) -> Iterator[None]:
+def _hooked(denoiser: nn.Module, calls: list[Call], until: str, counted: _Counting) -> Iterator[None]:
     """Record calls while the block runs; tensors are copied, as what is added in place later would change them."""
     waiting: dict[nn.Module, dict[str, Any]] = {}
     versions: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
+    before_it: dict[nn.Module, int] = {}
     handles = []
 
     def before(path: str, block: nn.Module, args: Any, kwargs: Any) -> None:
@@ -59,6 +82,7 @@ def _hooked(denoiser: nn.Module, calls: list[Call], until: str) -> Iterator[None
         waiting[block] = {name: _copy(value) for name, value in given.items()}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and not value.is_inference()}
         versions[block] = {name: (value, value._version) for name, value in tensors.items()}
+        before_it[block] = counted.calls
         if path == until:
             calls.append(Call(path, block, waiting.pop(block), ()))
             raise _Enough
@@ -67,7 +91,8 @@ def _hooked(denoiser: nn.Module, calls: list[Call], until: str) -> Iterator[None
         returned = output if isinstance(output, tuple) else (output,)
         wrote = tuple(name for name, (tensor, version) in versions.pop(block).items() if tensor._version != version)
         copies = tuple(_copy(value) for value in returned)
-        calls.append(Call(path, block, waiting.pop(block), copies, not isinstance(output, tuple), wrote))
+        attends = counted.calls > before_it.pop(block) or has_queries(block)
+        calls.append(Call(path, block, waiting.pop(block), copies, not isinstance(output, tuple), wrote, attends))
 
     for path, block in _listed_modules(denoiser):
         handles.append(
