@@ -4,8 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 PRESET ?= quick
+CANARY := .venv-canary
+LATEST := nnsight diffusers transformers accelerate torch
+# What stands directly on those: both engines, the clock, the sites, noise, the small pipelines and what is found out from them.
+ENGINE := $(addprefix tests/test_,tracing.py engines.py detours.py sites.py schedule.py replay.py batching.py loading.py \
+	noise.py noise_of_pipelines.py small_pipelines.py discovery.py guidance.py anatomy.py)
 
-.PHONY: install test check reproduce figures plants clean
+.PHONY: install test check canary reproduce figures plants clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +30,18 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The newest releases of what is underneath, past the upper bounds of pyproject.toml: pip says that they conflict, and installs
+# them. The canaries run without conftest.py, which imports all of dit_lens; warnings are shown and fail nothing.
+canary:
+	$(PYTHON) -m venv --clear $(CANARY)
+	$(CANARY)/bin/pip install --quiet --upgrade pip
+	$(CANARY)/bin/pip install --quiet --editable ".[dev]"
+	$(CANARY)/bin/pip install --quiet --upgrade $(LATEST)
+	failed=0; \
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python -m pytest -W default --noconftest tests/test_canary*.py || failed=1; \
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python -m pytest -W default --numprocesses 2 --dist loadfile $(ENGINE) || failed=1; \
+	exit $$failed
+
 reproduce: install
 	$(BIN)/dit-lens reproduce --preset $(PRESET) --out $(OUT)
 
@@ -38,4 +55,4 @@ plants: install
 	$(BIN)/python -m dit_lens.plants --out docs
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(CANARY) $(OUT) build dist *.egg-info

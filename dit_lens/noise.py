@@ -5,10 +5,16 @@ the noise, or the clean sample itself. `noise_state` says both for one point of 
 sample that an output implies is a weighted sum of the noisy sample and the output, x0-hat = a * sample + b * output;
 `x0_weights` gives (a, b). The formulas are those of each scheduler's own `step` and `convert_model_output`, without the
 clipping that some of them add.
+
+Schedulers of diffusers that are in none of the families below are refused: Amused, BlockRefinement, CMStochasticIterative,
+ConsistencyDecoder, DDIMInverse, DDPMWuerstchen, DPMSolverMultistepInverse, DPMSolverSDE, DiscreteDDIM, EntropyBound,
+FlowMapEulerDiscrete, Helios, HeliosDMD, IPNDM, KarrasVe, MiniMaxH3, Piflow, RFD4Proteina, RePaint, SCM, ScoreSdeVe, ScoreSdeVp,
+UnCLIP, VQDiffusion.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +25,12 @@ from torch import Tensor
 
 from dit_lens.errors import InputError, listed
 
-FLOW_MATCH = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+FLOW_MATCH = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "LTXEulerAncestralRFScheduler",
+)
 MULTISTEP = (
     "UniPCMultistepScheduler",
     "DPMSolverMultistepScheduler",
@@ -35,6 +46,7 @@ EXPLODING = (
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
 )
+PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
 BY_TIMESTEP = (
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -54,16 +66,18 @@ class NoiseState:
     """Noise at one point of a schedule: sample = signal * x0 + noise * epsilon.
 
     Attributes:
-        sigma: the noise level as the scheduler counts it: in flow matching the share of noise in [0, 1], elsewhere the
-            ratio of noise to signal.
+        sigma: the noise level: in flow matching the share of noise in [0, 1], elsewhere the ratio of noise to signal.
         signal: factor of the clean sample. noise: factor of the Gaussian noise.
-        prediction: what the denoiser's output is: flow_prediction, epsilon, v_prediction or sample.
+        prediction: what the denoiser's output is: flow_prediction (noise - x0), inverted_flow_prediction (x0 - noise),
+            epsilon, v_prediction, negative_v_prediction (-v) or sample.
+        data: the standard deviation of the clean samples that v is defined with.
     """
 
     sigma: float
     signal: float
     noise: float
     prediction: str
+    data: float = 1.0
 
 
 def noise_state(scheduler: Any, timestep: float, index: int | None = None) -> NoiseState:
@@ -78,13 +92,13 @@ def noise_state(scheduler: Any, timestep: float, index: int | None = None) -> No
         InputError: the scheduler is of a family that is not known here.
     """
     names = {parent.__name__ for parent in type(scheduler).__mro__}
-    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    prediction = _setting(scheduler, "prediction_type", "flow_prediction")
     if names & set(BY_TIMESTEP):
         alpha = float(scheduler.alphas_cumprod[int(timestep)])
         sigma = math.sqrt((1 - alpha) / alpha) if alpha else math.inf
         return NoiseState(sigma, math.sqrt(alpha), math.sqrt(1 - alpha), prediction)
-    if not names & {*FLOW_MATCH, *MULTISTEP, *EXPLODING}:
-        known = sorted({*FLOW_MATCH, *MULTISTEP, *EXPLODING, *BY_TIMESTEP})
+    if not names & {*FLOW_MATCH, *MULTISTEP, *EXPLODING, *PRECONDITIONED}:
+        known = sorted({*FLOW_MATCH, *MULTISTEP, *EXPLODING, *PRECONDITIONED, *BY_TIMESTEP})
         raise InputError(f"the noise levels of a {type(scheduler).__name__} are not known; known: {listed(known)}")
     if index is None:
         index = _index(scheduler, timestep)
@@ -92,12 +106,28 @@ def noise_state(scheduler: Any, timestep: float, index: int | None = None) -> No
     if hasattr(scheduler, "sigmas_interpol") and index % 2:
         # KDPM2 calls the model between two noise levels at every other step; its ancestral form stores them one ahead.
         sigma = float(scheduler.sigmas_interpol[index - ("KDPM2AncestralDiscreteScheduler" in names)])
-    if names & set(FLOW_MATCH) or scheduler.config.get("use_flow_sigmas"):
+    if names & set(PRECONDITIONED):
+        # Karras et al. 2022, table 1, where a network answers -v; diffusers calls that epsilon, and v v_prediction.
+        prediction = "negative_v_prediction" if prediction == "epsilon" else prediction
+        return NoiseState(sigma, 1.0, sigma, prediction, float(scheduler.config["sigma_data"]))
+    if _setting(scheduler, "invert_sigmas", False):
+        # The table holds the share of the clean sample there, and the velocity leads to it.
+        return NoiseState(1 - sigma, sigma, 1 - sigma, "inverted_flow_prediction")
+    if names & set(FLOW_MATCH) or _setting(scheduler, "use_flow_sigmas", False):
         return NoiseState(sigma, 1 - sigma, sigma, prediction)
     if names & set(EXPLODING):
         return NoiseState(sigma, 1.0, sigma, prediction)
     signal = 1 / math.sqrt(sigma**2 + 1)
     return NoiseState(sigma, signal, sigma * signal, prediction)
+
+
+def _setting(scheduler: Any, name: str, default: Any) -> Any:
+    """A setting of the scheduler's configuration; the default where its class knows of no such setting.
+
+    A configuration keeps what `from_config` found in that of another scheduler, and the scheduler never looks at it.
+    """
+    takes = (inspect.signature(parent.__init__).parameters for parent in type(scheduler).__mro__)
+    return scheduler.config.get(name, default) if any(name in parameters for parameters in takes) else default
 
 
 def _index(scheduler: Any, timestep: float) -> int:
@@ -126,12 +156,15 @@ def x0_weights(state: NoiseState) -> tuple[float, float] | None:
         return (0.0, 1.0)
     if state.prediction == "flow_prediction":
         return (1.0, -state.noise)
+    if state.prediction == "inverted_flow_prediction":
+        return (1.0, state.noise)
     if state.prediction == "epsilon":
         return (1 / state.signal, -state.noise / state.signal) if state.signal else None
-    if state.prediction == "v_prediction":
+    if state.prediction in ("v_prediction", "negative_v_prediction"):
         # v is defined for signal^2 + noise^2 = 1; where signal is always 1, the model saw the sample scaled to that.
-        scale = 1 / (state.noise**2 + 1) if state.signal == 1 else 1.0
-        return (state.signal * scale, -state.noise * math.sqrt(scale))
+        scale = state.data**2 / (state.noise**2 + state.data**2) if state.signal == 1 else 1.0
+        sign = 1 if state.prediction == "v_prediction" else -1
+        return (state.signal * scale, -sign * state.noise * math.sqrt(scale))
     raise InputError(f"x0-hat of a {state.prediction!r} output is not known")
 
 

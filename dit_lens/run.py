@@ -84,7 +84,8 @@ class Run:
     def velocity(self, step: int, branch: str = "guided") -> Float[Tensor, "batch ..."]:
         """The denoiser's output at a step, of one branch or guided, as it came.
 
-        In flow matching that is the velocity noise - x0; with other schedulers it is what they call their prediction.
+        In flow matching that is the velocity noise - x0 (x0 - noise where the scheduler has `invert_sigmas`); with other
+        schedulers it is what they call their prediction.
         """
         if branch not in self.outputs:
             raise InputError(f"this run has no branch {branch!r}; write one of {listed(self.outputs)}")

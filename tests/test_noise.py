@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import arguments, tiny_pipeline
 from torch import Tensor
 
+import dit_lens as dl
+from dit_lens import noise
 from dit_lens.errors import InputError
-from dit_lens.noise import NoiseState, noise_state, x0_hat, x0_weights
+from dit_lens.noise import NoiseState, forget_history, noise_state, x0_hat, x0_weights
 
-# Raised inside diffusers, where schedulers hand torch tensors to numpy.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+pytestmark = [
+    # Raised inside diffusers, where schedulers hand torch tensors to numpy.
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Should have t[ab]>=t0:UserWarning"),  # torchsde, of rounding
+]
 
 SHAPE = (2, 4, 2, 3, 3)
 STEPS = 6
@@ -41,6 +49,21 @@ def flow_level(scheduler: Any, timestep: float) -> tuple[float, float]:
     return 1 - timestep / 1000, timestep / 1000
 
 
+def upward_level(scheduler: Any, timestep: float) -> tuple[float, float]:
+    """Mochi's timesteps count the clean sample in thousandths."""
+    return timestep / 1000, 1 - timestep / 1000
+
+
+def edm_level(scheduler: Any, timestep: float) -> tuple[float, float]:
+    """A quarter of the logarithm of the noise (Karras et al. 2022, table 1)."""
+    return 1.0, math.exp(4 * timestep)
+
+
+def cosine_level(scheduler: Any, timestep: float) -> tuple[float, float]:
+    """An angle, as a share of the right one."""
+    return 1.0, math.tan(timestep * math.pi / 2)
+
+
 def preserving_level(scheduler: Any, timestep: float) -> tuple[float, float]:
     """Signal and noise of a process that keeps the variance, from the table of its betas."""
     betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2
@@ -61,18 +84,26 @@ def exploding_level(scheduler: Any, timestep: float) -> tuple[float, float]:
     return 1.0, math.exp(np.interp(timestep, np.arange(1000), ratio))
 
 
-def output_of(prediction: str, level: tuple[float, float], sample: Tensor, clean: Tensor) -> Tensor:
-    """What a denoiser that knows the clean sample returns."""
+PRECONDITIONED = {"EDMEuler": edm_level, "EDMDPMSolverMultistep": edm_level, "CosineDPMSolverMultistep": cosine_level}
+DATA = 0.6
+"""The standard deviation of the data that a denoiser of Karras et al. was made for."""
+
+
+def output_of(prediction: str, level: tuple[float, float], sample: Tensor, clean: Tensor, data: float = 1.0) -> Tensor:
+    """What a denoiser that knows the clean sample returns; v is defined for clean samples of deviation 1."""
     signal, noise = level
     if prediction == "flow_prediction":
         return (sample - clean) / noise
+    if prediction == "inverted_flow_prediction":
+        return (clean - sample) / noise
     if prediction == "sample":
         return clean
     epsilon = (sample - signal * clean) / noise
     if prediction == "epsilon":
         return epsilon
-    size = math.hypot(signal, noise)
-    return (signal * epsilon - noise * clean) / size
+    size = math.hypot(signal * data, noise)
+    v = (signal * data * epsilon - noise * clean / data) / size
+    return -v if prediction == "negative_v_prediction" else v
 
 
 def settings() -> list[Any]:
@@ -81,7 +112,14 @@ def settings() -> list[Any]:
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "flow_prediction", flow_level),
         ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, "flow_prediction", flow_level),
         ("FlowMatchLCMScheduler", {"shift": 3.0}, "flow_prediction", flow_level),
+        ("LTXEulerAncestralRFScheduler", {"eta": 0.5}, "flow_prediction", flow_level),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "shift": 3.0}, "inverted_flow_prediction", upward_level),
+        ("FlowMatchLCMScheduler", {"invert_sigmas": True, "shift": 3.0}, "inverted_flow_prediction", upward_level),
     ]
+    for name, level in PRECONDITIONED.items():
+        for named, prediction in (("v_prediction", "v_prediction"), ("epsilon", "negative_v_prediction")):
+            spread = {"sigma_min": 0.3, "sigma_max": 80.0, "sigma_data": DATA}
+            cases += [(f"{name}Scheduler", {**spread, "prediction_type": named}, prediction, level)]
     for name in MULTISTEP:
         spacing = {**BETAS, "prediction_type": "epsilon"}
         cases += [(name, {**spacing, "prediction_type": p}, p, preserving_level) for p in PREDICTIONS]
@@ -101,6 +139,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 @pytest.mark.parametrize(("name", "config", "prediction", "level"), settings())
 def test_x0_hat_is_what_an_oracle_denoiser_knows(name: str, config: dict[str, Any], prediction: str, level: Level) -> None:
+    if name.startswith("Cosine"):
+        pytest.importorskip("torchsde", reason="diffusers has this scheduler only with torchsde")
     scheduler = getattr(diffusers, name)(**config)
     scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +150,11 @@ def test_x0_hat_is_what_an_oracle_denoiser_knows(name: str, config: dict[str, An
     extra = {} if "generator" not in scheduler.step.__code__.co_varnames else {"generator": generator}
     previous, steps = None, 0
     for index, timestep in enumerate(scheduler.timesteps):
-        output = output_of(prediction, level(scheduler, float(timestep)), sample, clean)
+        signal, spread = level(scheduler, float(timestep))
+        state = noise_state(scheduler, float(timestep))
+        assert (state.signal, state.noise) == pytest.approx((signal, spread), rel=1e-3, abs=1e-6)
+        assert state.sigma == (state.noise if "flow" in prediction else pytest.approx(spread / signal, rel=1e-3))
+        output = output_of(prediction, (signal, spread), sample, clean, config.get("sigma_data", 1.0))
         found = x0_hat(scheduler, output, float(timestep), sample)
         assert (found - clean).abs().max() < 1e-5, (index, timestep)
         scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else None
@@ -148,11 +192,63 @@ def test_x0_hat_with_flow_sigmas(name: str) -> None:
         sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
 
 
+def test_settings_that_a_scheduler_does_not_know_are_not_read() -> None:
+    """`from_config` keeps what it finds in the configuration of another scheduler."""
+    heun: Any = diffusers.FlowMatchHeunDiscreteScheduler.from_config({"invert_sigmas": True})
+    flow: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config({"prediction_type": "epsilon"})
+    for scheduler, left in ((heun, "invert_sigmas"), (flow, "prediction_type")):
+        assert scheduler.config[left]
+        scheduler.set_timesteps(STEPS)
+        timestep = float(scheduler.timesteps[1])
+        state = noise_state(scheduler, timestep, 1)
+        assert (state.sigma, state.noise, state.prediction) == (pytest.approx(timestep / 1000), state.sigma, "flow_prediction")
+
+
+def test_upside_down_sigmas_in_a_run() -> None:
+    """The noise level falls as in any run, and the last x0-hat of a deterministic sampler is what it ends with."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    pipe = tiny_pipeline(scheduler=scheduler)
+    replaced = dl.ReplaceLatents(step=2, noise=7, how="sigma_matched")
+    run = dl.wrap(pipe, engine="hooks").run(**arguments(pipe), decode=False, edits=replaced)
+    assert run.sigmas.tolist() == pytest.approx([1 - timestep / 1000 for timestep in run.timesteps], abs=1e-6)
+    assert run.sigmas.diff().max() < 0
+    torch.testing.assert_close(run.x0_hat(-1), run.latents[-1], rtol=1e-5, atol=1e-5)
+    noise = (run.latents[2] - (1 - run.sigmas[2]) * run.x0_hat(1)) / run.sigmas[2]
+    assert noise.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_a_multistep_solver_of_the_preconditioned_forgets_too() -> None:
+    fresh, used = (diffusers.EDMDPMSolverMultistepScheduler(sigma_min=0.3) for _ in range(2))
+    outputs = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for scheduler in (fresh, used):
+        scheduler.set_timesteps(STEPS)
+    sample = outputs[0]
+    for index in range(2):
+        sample = used.step(outputs[index], used.timesteps[index], sample, return_dict=False)[0]
+    forget_history(used)
+    fresh.set_begin_index(2)
+    following = [one.step(outputs[2], one.timesteps[2], outputs[0], return_dict=False)[0] for one in (fresh, used)]
+    assert torch.equal(*following)
+
+
 def test_an_unknown_scheduler_is_named() -> None:
-    scheduler = diffusers.EDMEulerScheduler()
+    scheduler = diffusers.IPNDMScheduler()
     scheduler.set_timesteps(STEPS)
-    with pytest.raises(InputError, match=r"EDMEulerScheduler are not known; known: .*FlowMatchEuler"):
+    with pytest.raises(InputError, match=r"IPNDMScheduler are not known; known: .*FlowMatchEuler"):
         noise_state(scheduler, float(scheduler.timesteps[0]))
+
+
+def test_the_page_lists_the_schedulers_of_diffusers_that_are_refused() -> None:
+    root = Path(diffusers.schedulers.__file__).parent
+    classes = re.findall(
+        r"^class (\w+Scheduler)\(.*ConfigMixin", "\n".join(map(Path.read_text, root.rglob("*.py"))), flags=re.MULTILINE
+    )
+    known = {*noise.FLOW_MATCH, *noise.MULTISTEP, *noise.EXPLODING, *noise.PRECONDITIONED, *noise.BY_TIMESTEP}
+    assert known <= set(classes)
+    page = re.search(r"are refused: ([\w,\s]+)\.", noise.__doc__ or "")
+    assert page is not None
+    listed = re.split(r",\s+", page[1])
+    assert listed == sorted(name.removesuffix("Scheduler") for name in set(classes) - known)
 
 
 def test_there_is_no_x0_where_nothing_of_it_is_left() -> None:
