@@ -66,6 +66,7 @@ class Port:
         self._visual = visual
         self._arguments: dict[str, Any] = {}
         self._taken = torch.empty(0)
+        self._visits = 0
         self.expert = place.expert
         self.kind = place.kind
         self.path = f"{block.path}.{place.module}" if place.module else block.path
@@ -83,7 +84,10 @@ class Port:
             InputError: a visitor returned a tensor of another shape, or one for a site that is read-only.
         """
         replaced = False
+        call, self._visits = self._visits, self._visits + 1
         for tap, site in self._taps:
+            if site.calls > 1 and call != site.call:
+                continue
             seen = self._read(value, tap, site)
             given = tap.visit(seen)
             if given is None:
@@ -158,7 +162,7 @@ class Port:
 
         A torch hook holds them in both engines: a block that is skipped then leaves nothing of an earlier call behind.
         """
-        if not any(site.in_float32 or site.columns for _, site in self._taps):
+        if not any(site.in_float32 or site.columns or site.calls > 1 for _, site in self._taps):
             yield
             return
         with ExitStack() as hooks:
@@ -179,14 +183,14 @@ class Port:
         self._taken = args[0]
 
     def _forget(self, *_: object) -> None:
-        self._arguments, self._taken = {}, torch.empty(0)
+        self._arguments, self._taken, self._visits = {}, torch.empty(0), 0
 
     def _passing(self, value: Any, tap: Tap, site: Site) -> Tensor:
         """The one tensor that a site is about, among those that pass."""
         if not site.module:
             return self._stack.streams_out(value, self._visual.count)[tap.stream]
         tensor = value[site.item] if isinstance(value, tuple) else value
-        tensor = site.as_tokens(tensor)
+        tensor = site.as_tokens(tensor, self._visual.rows)
         if site.columns is not None:
             tensor = self._projected(site.columns, tensor)
         return self._stack.apart(tensor, site.within, self._visual.count)[tap.stream] if site.within else tensor
@@ -225,7 +229,7 @@ class Port:
         if not site.module:
             return self._stack.replaced(value, {tap.stream: new}, self._visual.count)
         whole = value[site.item] if isinstance(value, tuple) else value
-        tokens = site.as_tokens(whole)
+        tokens = site.as_tokens(whole, self._visual.rows)
         parts = self._stack.apart(tokens, site.within, self._visual.count) if site.within else {tap.stream: tokens}
         if site.columns is not None:
             # What the other columns and the bias add stays as it was, and so does what did not change.
@@ -255,6 +259,9 @@ def ports(
     for attention in attentions:
         if attention.site not in ATTENTION_SITES:
             raise InputError(f"{attention.site!r} is no attention module; write {' or '.join(map(repr, ATTENTION_SITES))}")
-        module = blocks[attention.expert][attention.block].stack.site(attention.site).module
+        stack = blocks[attention.expert][attention.block].stack
+        # Where attention and MLP share a projection, it is not that which attends.
+        inside = [site for site in stack.sites if site.name == "q" and attention.site == "attn"]
+        module = (inside[0] if inside else stack.site(attention.site)).module
         groups.setdefault(Place(attention.expert, attention.block, module, "attention"), ([], []))[1].append(attention)
     return [Port(architecture, denoisers[place.expert], place, *group, visual[place.expert]) for place, group in groups.items()]

@@ -55,8 +55,10 @@ class Site:
         item: which of the tensors that pass there, where there are several.
         within: the streams whose tokens lie one after the other in that tensor; none where it holds those of one stream, or of
             all that the block itself has joined.
+        call, calls: which of how many calls of the module in one of the block.
         form: of the tensor: `tokens`, (batch, tokens, channels); `heads`, (batch, tokens, heads, channels of one), side by side;
-            `picture`, (batch, channels, rows, columns), whose tokens are its rows and columns.
+            `grid`, (batch, frames, rows, columns, channels);
+            `picture`, (batch or batch x frames, channels, rows, columns), whose tokens are its frames, rows and columns.
         columns: of a projection that takes in the outputs of several modules side by side, those of this one (first, last + 1);
             the site is what the projection makes of them, without its bias.
         stream: the token stream that the tensor belongs to; None where the block has one such tensor for every stream.
@@ -71,23 +73,30 @@ class Site:
     module: str = ""
     port: Literal["output", "input", "attention"] = "output"
     item: int = 0
+    call: int = 0
+    calls: int = 1
     within: tuple[str, ...] = ()
-    form: Literal["tokens", "heads", "picture"] = "tokens"
+    form: Literal["tokens", "heads", "grid", "picture"] = "tokens"
     columns: tuple[int, int] | None = None
     stream: str | None = None
     per_head: bool = False
     measures: Literal["value", "pair", "change", "contribution"] = "value"
     gate: Gate | None = None
 
-    def as_tokens(self, tensor: Tensor) -> Tensor:
-        """What passes, as (batch, tokens, channels)."""
+    def as_tokens(self, tensor: Tensor, batch: int = 0) -> Tensor:
+        """What passes, as (batch, tokens, channels); the batch is to be given where frames stand in it."""
         if self.form == "picture":
-            return tensor.flatten(2).mT
+            tokens = tensor.flatten(2).mT
+            return tokens.unflatten(0, (batch, -1)).flatten(1, 2) if batch else tokens
+        if self.form == "grid":
+            return tensor.flatten(1, 3)
         return tensor.flatten(2) if self.form == "heads" else tensor
 
     def as_passing(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Tokens in the form in which the tensor passes, with the shape of another that did."""
-        return (tokens.mT if self.form == "picture" else tokens).reshape(like.shape)
+        if self.form == "picture":
+            return tokens.unflatten(1, (-1, like.shape[2] * like.shape[3])).flatten(0, 1).mT.reshape(like.shape)
+        return tokens.reshape(like.shape)
 
     @property
     def read_only(self) -> bool:

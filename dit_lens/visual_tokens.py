@@ -1,4 +1,4 @@
-"""How many visual tokens a denoiser call has: where streams are one sequence, that tells them apart."""
+"""How many visual tokens a denoiser call has, and rows: that tells streams of one sequence apart, and frames in a batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ class VisualTokens:
     """The count for the call of one denoiser that is under way.
 
     Attributes:
-        count: 0 before the first call.
+        count: of one sample, and rows: of the batch; 0 before the first call.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
-        self.count = 0
+        self.count = self.rows = 0
 
     def begin(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins."""
         arguments = self._architecture.arguments(denoiser, args, kwargs)
         self.count = self._architecture.layout(denoiser, arguments).tokens
+        self.rows = len(self._architecture.taken(arguments))
 
 
 @contextmanager
@@ -33,7 +34,8 @@ def counting(architecture: Architecture, denoisers: Mapping[str, nn.Module]) -> 
     """The counts of every expert, kept up to date as long as the context lasts; where nothing is joined nobody counts."""
     counts = {expert: VisualTokens(architecture) for expert in denoisers}
     with ExitStack() as hooks:
-        if any(stack.joined or any(site.within for site in stack.sites) for stack in architecture.stacks):
+        sites = architecture.sites
+        if any(stack.joined for stack in architecture.stacks) or any(site.within or site.form == "picture" for site in sites):
             for expert, denoiser in denoisers.items():
                 hook = denoiser.register_forward_pre_hook(counts[expert].begin, with_kwargs=True)
                 hooks.callback(hook.remove)

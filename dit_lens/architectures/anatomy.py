@@ -1,22 +1,23 @@
 """Anatomy: which modules of a block are its attention and its MLPs, found by running the block and watching inside.
 
 * Attention is where scaled dot-product attention is called: the innermost module around that call. It is *cross* attention where
-  keys come from an argument that is no stream of the block.
-* An MLP is what has two linear maps or more, is no attention, and returns tokens.
+  what it returns for a token does not depend on the other tokens that it returns something for.
+* An MLP is what takes tokens through two linear maps or more, is no attention, and returns tokens: the innermost module that
+  does; or the last of such maps, where they lie in the block itself.
 * Which stream a module's output belongs to is asked of the block: something is added to that output, or to some of its tokens,
   and the stream that comes out changed is the one. Where a module handles several streams in one sequence, each has its part.
 * Where one projection takes in what attention returned with more beside it, `attn` and `mlp` are its two blocks of columns.
 
 The second module of a kind for one stream is `attn_2` or `mlp_2`. What cannot be told so is not offered: it is named as missed.
-Names are not asked, but for attention that never calls the usual function (linear attention): there a module with queries, keys
-and values of its own is one.
+Names are not asked, but for attention that never calls the usual function (linear attention): there a module with queries is one,
+or one that looks like an MLP and tells every token of every other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, permutations
+from itertools import accumulate, count, pairwise, permutations
 from typing import Any
 
 import torch
@@ -24,11 +25,10 @@ from torch import Tensor, nn
 
 from dit_lens.architectures.inside import is_map, parts, returned_tensors, run_inside
 from dit_lens.architectures.stack import Stack
-from dit_lens.architectures.watching import Call, is_stream
+from dit_lens.architectures.watching import QUERIES, Call, is_stream
 from dit_lens.sites import BLOCK_SITES, Site, attention_sites
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-QUERIES = ("to_q", "to_qkv", "qkv", "q_proj")
 ADDED = 1.5
 """What is added to an output to see where it goes."""
 
@@ -59,9 +59,13 @@ class _Dissection:
         self.tokens = dict(tokens)
         self.inside, clean = run_inside(call)
         self.clean = self._streams(clean)
+        self.rows = len(next(iter(self.clean.values())))
         self.names = list(dict.fromkeys(event.name for event in self.inside.returned))
+        self.alive = self._depending()
         self.attentions = list(dict.fromkeys(attended.name for attended in self.inside.attended if attended.name))
         self.attentions += [name for name in self.names if self._queries(name) and not self._related(name, self.attentions)]
+        mixing = [name for name in self.names if self._is_mlp(name) and self._mixes(name)]
+        self.attentions += [name for name in mixing if not self._related(name, self.attentions)]
         self.found: list[tuple[int, Site]] = []
         self.missed: list[str] = ["(in the block itself)"] if any(not one.name for one in self.inside.attended) else []
         self.heads = 0
@@ -77,6 +81,9 @@ class _Dissection:
             self.found += [(self.names.index(name), site) for site in sites]
             if not sites:
                 self.missed.append(name)
+        if not any(site.name == "mlp" for _, site in self.found) and not self.missed:
+            for name in self._loose():
+                self.found += [(self.names.index(name), site) for site in self._outputs("mlp", name)]
         for name in self.attentions:
             if self._kind(name) == "attn":
                 self.found += [(self.names.index(name) - 1, site) for site in self._attention_sites(name)]
@@ -91,6 +98,11 @@ class _Dissection:
     def _queries(self, name: str) -> bool:
         return any(hasattr(self.block.get_submodule(name), part) for part in QUERIES)
 
+    def _mixes(self, name: str) -> bool:
+        """Whether a module tells every token of the first."""
+        heard = self._heard(name)
+        return heard is not None and len(heard) > 1 and bool(heard.all())
+
     def _related(self, name: str, others: Sequence[str]) -> bool:
         """Whether a module is one of others, in one of them, or around one."""
         return any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in others)
@@ -100,74 +112,140 @@ class _Dissection:
             return "cross_attn" if self._crosses(name) else "attn"
         return "mlp" if self._is_mlp(name) else None
 
+    def _depending(self) -> set[str]:
+        """The modules whose outputs depend on the streams that the block takes."""
+        given = {
+            name: value + ADDED if name in self.stack.parameters else value
+            for name, value in self.call.given.items()
+            if name != "self"
+        }
+        after, _ = run_inside(replace(self.call, given=given))
+        pairs = zip(self.inside.returned, after.returned, strict=False)
+        return {one.name for one, other in pairs if one.name == other.name and _differ(one.output, other.output)}
+
     def _crosses(self, name: str) -> bool:
-        """Whether an attention reads from something else than it writes to: it is given two sequences and returns one."""
-        args, kwargs = self.inside.given(name)
-        given = [value for value in (*args, *kwargs.values()) if is_stream(value)]
+        """Whether what an attention returns for a token does not depend on the other tokens that it returns something for."""
         returned = [value for value in returned_tensors(self.inside.output(name)) if self._form(value)]
-        others = [value for value in given[1:] if value is not given[0]]
-        return len(returned) == 1 and any(
-            value.shape[1] != given[0].shape[1] or value.shape == given[0].shape for value in others
-        )
+        if len(returned) != 1:
+            return False
+        heard = self._heard(name)
+        return heard is not None and not bool(heard[1:].any())
+
+    def _heard(self, name: str) -> Tensor | None:
+        """Which tokens of a module's output change when the first of those that it is given does; None where that is not seen."""
+        before = next(value for value in returned_tensors(self.inside.output(name)) if self._form(value))
+        site = Site("attn", form=self._form(before))
+        before = site.as_tokens(before, self.rows)
+
+        def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = [value for value in (*args, *kwargs.values()) if self._form(value)]
+            mine = next((one for one in given if site.as_tokens(one, self.rows).shape[1] == before.shape[1]), None)
+            if mine is None:
+                return None
+            tokens = site.as_tokens(mine, self.rows).clone()
+            tokens[:, :1] += ADDED
+            changed = site.as_passing(tokens, mine)
+
+            # Self-attention may be given its tokens twice, once to take the keys from.
+            def new(value: Any) -> Any:
+                return changed if value is mine else value
+
+            return tuple(map(new, args)), {key: new(value) for key, value in kwargs.items()}
+
+        handle = self.block.get_submodule(name).register_forward_pre_hook(moved, with_kwargs=True)
+        try:
+            outputs = returned_tensors(run_inside(self.call)[0].output(name))
+        finally:
+            handle.remove()
+        after = site.as_tokens(next(value for value in outputs if self._form(value)), self.rows)
+        return None if torch.equal(before, after) else (before != after).any(dim=-1).any(dim=0)
 
     def _is_mlp(self, name: str) -> bool:
-        """Two linear maps or more in a module that has no attention in it and is in none, nor in another such module."""
+        """Whether a module takes tokens through two linear maps or more, and no module in it does all of that."""
         if self._related(name, self.attentions) or not self._maps_tokens(name):
             return False
+        inner = [other for other in self.names if other.startswith(f"{name}.") and self._maps_tokens(other)]
+        if any(self._maps_of(other) == self._maps_of(name) and self._differ(other, name) for other in inner):
+            return False
         parents = [name[:place] for place, letter in enumerate(name) if letter == "."]
-        return not any(
-            parent in self.names and self._maps_tokens(parent) and not self._related(parent, self.attentions)
-            for parent in parents
-        )
+        around = [parent for parent in parents if parent in self.names and self._maps_tokens(parent)]
+        around = [parent for parent in around if not self._related(parent, self.attentions)]
+        return all(self._maps_of(parent) == self._maps_of(name) and self._differ(parent, name) for parent in around)
+
+    def _differ(self, one: str, other: str) -> bool:
+        return _differ(self.inside.output(one), self.inside.output(other))
+
+    def _maps_of(self, name: str) -> set[str]:
+        """The linear maps in a module that tokens of the streams go through."""
+        inside = ((f"{name}.{part}" if part else name, module) for part, module in parts(self.block.get_submodule(name)))
+        return {part for part, module in inside if is_map(module, LINEAR) and part in self.alive}
 
     def _maps_tokens(self, name: str) -> bool:
-        maps = sum(is_map(part, LINEAR) for _, part in parts(self.block.get_submodule(name)))
-        return maps > 1 and self._form(self.inside.output(name)) is not None
+        return len(self._maps_of(name)) > 1 and self._form(self.inside.output(name)) is not None
+
+    def _loose(self) -> list[str]:
+        """Linear maps in the block itself, behind its first attention, that tokens go through: the last of them."""
+        attended = [self.names.index(name) for name in self.attentions]
+        owned = [name for name in self.names if name in self.attentions or self._maps_tokens(name)]
+        maps = [
+            name
+            for name in self.names[min(attended, default=0) :]
+            if is_map(self.block.get_submodule(name)) and name in self.alive and not self._related(name, owned)
+        ]
+        return maps[-1:] if len(maps) > 1 else []
 
     def _form(self, value: Any) -> Any:
         """The form of a module's output, if it can be tokens (see `Site.form`)."""
         if is_stream(value):
             return "tokens"
-        if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.ndim not in (4, 5) or not value.is_floating_point():
             return None
         lengths = [tensor.shape[1] for tensor in self.clean.values()]
+        if value.ndim == 5:
+            return "grid" if value.shape[1:4].numel() in lengths else None
         if value.shape[1] in (*lengths, sum(lengths)):
             return "heads"
-        return "picture" if value.shape[2] * value.shape[3] in lengths else None
+        # A picture for each sample, or one for each of its frames.
+        frames = len(value) // self.rows
+        return "picture" if frames * value.shape[2] * value.shape[3] in lengths else None
 
     def _outputs(self, kind: str, name: str) -> Iterator[Site]:
         """The sites that a module's output has, one for every stream that is in it."""
-        for item, value in enumerate(returned_tensors(self.inside.output(name))):
+        outputs = self.inside.outputs(name)
+        every = [(call, *pair) for call, output in enumerate(outputs) for pair in enumerate(returned_tensors(output))]
+        for call, item, value in every:
             form = self._form(value)
             if form is not None:
-                site = Site(kind, name, item=item, form=form)
-                yield from self._placed(site, site.as_tokens(value), lambda rows, site=site: self._moved_by_output(site, rows))
+                site = Site(kind, name, item=item, form=form, call=call, calls=len(outputs))
+                yield from self._placed(
+                    site, site.as_tokens(value, self.rows), lambda rows, site=site: self._moved_by_output(site, rows)
+                )
 
     def _placed(self, site: Site, tensor: Tensor, moved: Callable[[slice], set[str]]) -> Iterator[Site]:
         """A site of the streams that a tensor holds; `moved` says which streams change when something is added to some tokens."""
-        everywhere, count = moved(slice(None)), tensor.shape[1]
-        alike = [stream for stream in self.clean if self.clean[stream].shape[1] == count]
+        everywhere, length = moved(slice(None)), tensor.shape[1]
+        alike = [stream for stream in self.clean if self.clean[stream].shape[1] == length]
         if len(self.clean) == 1 and everywhere and len(alike) == 1:
             yield site
         elif len(everywhere) == 1 or (everywhere and len(alike) == 1 and alike[0] in everywhere):
             stream = next(iter(everywhere)) if len(everywhere) == 1 else alike[0]
-            if self.clean[stream].shape[1] == count:
+            if self.clean[stream].shape[1] == length:
                 yield replace(site, stream=stream)
         else:
-            order = self._order(count, moved) if everywhere else ()
+            order = self._order(length, moved) if everywhere else ()
             yield from (
                 replace(site, stream=stream if len(self.clean) > 1 else None, within=order)
                 for stream in order
                 if stream in self.clean
             )
 
-    def _order(self, count: int, moved: Callable[[slice], set[str]]) -> tuple[str, ...]:
+    def _order(self, length: int, moved: Callable[[slice], set[str]]) -> tuple[str, ...]:
         """How streams lie in so many tokens, those too that the block does not return; none where that cannot be told."""
         for number in range(2, len(self.tokens) + 1):
             for order in permutations(self.tokens, number):
                 ends = list(accumulate(self.tokens[stream] for stream in order))
                 ranges = [slice(start, end) for start, end in pairwise([0, *ends])]
-                if ends[-1] == count and all(
+                if ends[-1] == length and all(
                     moved(part) == {stream} & self.clean.keys() for part, stream in zip(ranges, order, strict=True)
                 ):
                     return order
@@ -176,9 +254,13 @@ class _Dissection:
     def _moved_by_output(self, site: Site, rows: slice) -> set[str]:
         """The streams that change when something is added to some tokens of a module's output."""
 
+        calls = count()
+
         def added(module: nn.Module, args: Any, output: Any) -> Any:
+            if next(calls) != site.call:
+                return output
             tensors = list(returned_tensors(output))
-            changed = site.as_tokens(tensors[site.item]).clone()
+            changed = site.as_tokens(tensors[site.item], self.rows).clone()
             changed[:, rows] += ADDED
             tensors[site.item] = changed = site.as_passing(changed, tensors[site.item])
             return tuple(tensors) if isinstance(output, tuple) else changed
@@ -265,6 +347,12 @@ class _Dissection:
             return changed
 
         return self._changed(run_inside(self.call, added)[1])
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two outputs of a module differ in a tensor."""
+    pairs = zip(returned_tensors(one), returned_tensors(other), strict=False)
+    return any(isinstance(a, Tensor) and isinstance(b, Tensor) and not torch.equal(a, b) for a, b in pairs)
 
 
 def _numbered(sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -56,6 +56,10 @@ class Inside:
         """What a module returned the last time."""
         return [event.output for event in self.returned if event.name == name][-1]
 
+    def outputs(self, name: str) -> list[Any]:
+        """What a module returned every time."""
+        return [event.output for event in self.returned if event.name == name]
+
     def given(self, name: str) -> Any:
         """What a module was given the last time: args and kwargs."""
         return [event.given for event in self.returned if event.name == name][-1]

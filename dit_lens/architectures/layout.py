@@ -78,7 +78,7 @@ class Patches:
 
 
 def packed_layout(tokens: int, arguments: Mapping[str, Any]) -> Layout:
-    """The layout of tokens that were packed before the denoiser is called, from its other arguments; else a line of frames."""
+    """The layout of tokens that were packed before the denoiser is called, from its other arguments; else one line."""
     named = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
     candidates: Iterator[Layout | None] = iter(
         (
@@ -88,7 +88,7 @@ def packed_layout(tokens: int, arguments: Mapping[str, Any]) -> Layout:
         )
     )
     fitting = (layout for layout in candidates if layout is not None and layout.tokens == tokens)
-    return next(fitting, Layout(tokens, 1, 1))
+    return next(fitting, Layout.line(tokens))
 
 
 def _of_shapes(value: Any) -> Layout | None:
