@@ -30,10 +30,10 @@ def describe(name: str, pipe: Any, architecture: Architecture) -> Description:
             (
                 expert,
                 f"{len(blocks)} blocks ({type(blocks[0]).__name__}, width {architecture.width(denoiser)}),"
-                f" {millions:.3g} M parameters in {str(denoiser.dtype).removeprefix('torch.')}",
+                f" {millions:.3g} M parameters in {str(next(denoiser.parameters()).dtype).removeprefix('torch.')}",
             )
         )
-    boundary = pipe.config.get("boundary_ratio")
+    boundary = pipe.config.get("boundary_ratio") if len(architecture.denoisers(pipe)) > 1 else None
     if boundary is not None:
         threshold = boundary * pipe.scheduler.config.num_train_timesteps
         rows.append(("switch", f"transformer_2 below timestep {threshold:g}"))
@@ -42,7 +42,7 @@ def describe(name: str, pipe: Any, architecture: Architecture) -> Description:
         *_stacks(architecture, denoiser),
         *_sites(architecture, denoiser),
         ("guidance", _guided(architecture)),
-        ("schedule", _schedule(pipe.scheduler)),
+        ("schedule", "a loop of its own" if architecture.loop else _schedule(pipe.scheduler)),
         ("layout", _layout(architecture, denoiser)),
     ]
     if hasattr(pipe, "vae_scale_factor_temporal"):

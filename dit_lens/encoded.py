@@ -24,7 +24,11 @@ KEPT = 4
 @contextmanager
 def encoded_once(pipe: Any) -> Iterator[None]:
     """A context in which the pipeline's text and image encoders, and its VAE's `encode`, remember their last results."""
-    encoders = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in EXPERTS}
+    encoders = {
+        name: part
+        for name, part in getattr(pipe, "components", {}).items()
+        if isinstance(part, nn.Module) and name not in EXPERTS
+    }
     with ExitStack() as stack:
         for name, part in encoders.items():
             method = "encode" if hasattr(part, "encode") else "forward" if "encoder" in name else None

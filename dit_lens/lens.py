@@ -37,6 +37,7 @@ from dit_lens.edits import Edit
 from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
 from dit_lens.latent_edits import ReplaceLatents
+from dit_lens.loops import LoopClock, guidance_scale, loop_guidance, watch_loop
 from dit_lens.pictures import shown
 from dit_lens.record import Record, Recorder, as_records
 from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
@@ -105,6 +106,7 @@ class Lens:
         self.pipe = pipe
         self._architecture = lookup(pipe)
         self._outlines: dict[Any, Outline] = {}
+        self._forecasts: dict[Any, Forecast] = {}
         self.name = name
         self.engine = engine
         self._folder = folder
@@ -243,6 +245,8 @@ class Lens:
         call = batching.prepare(self.pipe, seed, inputs, reserved)
         records, changes = as_records(record), as_edits(edits)
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
+        taken = inspect.signature(type(self.pipe).__call__).parameters
+        arguments = {name: value for name, value in arguments.items() if name in taken}
         with self._alone(progress):
             foreseen = self._forecast(inputs)
             reading = bool(records or changes or answers or keep_calls)
@@ -259,8 +263,7 @@ class Lens:
                     if part is not None:
                         part.begin(clock)
 
-            guidance = self._guidance(foreseen)
-            clock = StepClock(self.pipe, self.architecture, begin, editor.rewrite, keep_calls, until, guidance)
+            clock = self._clock(foreseen, inputs, begin=begin, rewrite=editor.rewrite, keep_calls=keep_calls, until=until)
 
             def run() -> Any:
                 with stored.serving(clock):
@@ -422,7 +425,7 @@ class Lens:
         recorder: Recorder | None,
     ) -> Editor:
         recorded = recorder.selections if recorder else ()
-        return Editor(edits, extent, self.pipe.scheduler, self._width, seeds, prompts, recorded)
+        return Editor(edits, extent, getattr(self.pipe, "scheduler", self.pipe), self._width, seeds, prompts, recorded)
 
     def _run(
         self,
@@ -439,7 +442,7 @@ class Lens:
             seeds=call.seeds,
             prompts=call.prompts,
             layout=clock.layout,
-            scheduler=type(self.pipe.scheduler).__name__,
+            scheduler=type(getattr(self.pipe, "scheduler", self.pipe)).__name__,
             timesteps=tuple(clock.timesteps),
             sigmas=torch.tensor(clock.sigmas, dtype=torch.float64).float(),
             experts=tuple(clock.experts),
@@ -457,6 +460,11 @@ class Lens:
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:
         architecture = self._know(inputs)
+        if architecture.loop is not None:
+            key = tuple(sorted((name, settings_of(value)) for name, value in inputs.items()))
+            if key not in self._forecasts:
+                self._forecasts[key] = watch_loop(self.pipe, architecture, inputs)
+            return self._forecasts[key]
         if architecture.guidance is not None:
             defaults = inspect.signature(type(self.pipe).__call__).parameters
             steps, scale = (inputs.get(name, defaults[name].default) for name in ("num_inference_steps", "guidance_scale"))
@@ -468,12 +476,15 @@ class Lens:
         seen = self._outlines[key]
         return forecast_with(self.pipe, architecture, seen.scheduler, seen.guidance)
 
-    def _guidance(self, foreseen: Forecast) -> Guidance:
-        """How the branches of a run are called."""
-        if self.architecture.guidance is not None:
-            return self.architecture.guidance
-        kind = "batched" if foreseen.batched else "sequential" if len(foreseen.branches) > 1 else "none"
-        return Guidance(kind, foreseen.branches)
+    def _clock(self, foreseen: Forecast, inputs: Mapping[str, Any], **named: Any) -> StepClock:
+        """The clock of a run."""
+        if self.architecture.loop is not None:
+            named["guidance"] = loop_guidance(foreseen)
+            clock = LoopClock(self.pipe, self.architecture, guidance_scale(self.pipe, inputs), **named)
+            clock.follow(foreseen)
+            return clock
+        guidance = self.architecture.guidance or loop_guidance(foreseen)
+        return StepClock(self.pipe, self.architecture, guidance=guidance, **named)
 
     @contextmanager
     def _alone(self, progress: bool) -> Iterator[None]:

@@ -105,7 +105,7 @@ def check_forward(path: str, module: nn.Module) -> None:
 
 def adapters(pipe: Any) -> tuple[str, ...]:
     """The adapters of peft (LoRA) in a pipeline and how they are set, a line for each layer that has some."""
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    parts = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
     lines = []
     for name, part in parts.items():
         for path, layer in part.named_modules():

@@ -94,7 +94,7 @@ class Clock(Protocol):
     def text_tokens(self) -> int | None: ...
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a pipeline call after the last step that was asked for."""
 
 
@@ -170,7 +170,7 @@ class StepClock:
         """Run a function that calls the pipeline; None when the clock stopped it after the step `until`."""
         try:
             return function()
-        except _Stop:
+        except Stop:
             # What the pipeline does itself where its loop ends.
             if hasattr(self.pipe, "_current_timestep"):
                 self.pipe._current_timestep = None
@@ -221,7 +221,7 @@ class StepClock:
         self._calls += 1
         self.branches += [branch for branch in self.shared if branch not in self.branches]
         self.timestep = self._timestep()
-        self.sigma = noise_state(self.pipe.scheduler, self.timestep).sigma
+        self.sigma = self._level()
         if self.layout is None:
             arguments = self._architecture.arguments(denoiser, args, kwargs)
             latents, text = self._architecture.taken(arguments), arguments.get(self._architecture.text)
@@ -260,6 +260,10 @@ class StepClock:
         if self.step < len(timesteps):
             return float(timesteps[self.step])
         raise RuntimeError(f"the pipeline makes more steps than its scheduler has timesteps ({len(timesteps)})")
+
+    def _level(self) -> float:
+        """The noise level of the step under way."""
+        return noise_state(self.pipe.scheduler, self.timestep).sigma
 
     def _after_call(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         rows = to_host(sample_of(output)).chunk(len(self.shared))
@@ -308,7 +312,7 @@ class StepClock:
             stepped: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
             if self._until is not None and self.step > self._until:
                 self._last = stepped
-                raise _Stop
+                raise Stop
             self._last = stepped if self.step == len(scheduler.timesteps) else self._rewritten(stepped)
             if self._last is stepped:
                 return result

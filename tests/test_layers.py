@@ -32,7 +32,7 @@ dit_lens.architectures dit_lens.architectures.finding
 dit_lens.taps dit_lens.visual_tokens
 dit_lens.noise dit_lens.calls
 dit_lens.schedule
-dit_lens.selection dit_lens.rows dit_lens.pictures
+dit_lens.selection dit_lens.rows dit_lens.pictures dit_lens.loops
 dit_lens.activations dit_lens.reducers dit_lens.grid
 dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours dit_lens.obstacles

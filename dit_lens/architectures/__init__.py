@@ -5,7 +5,7 @@ wrote a record for, by watching it.
 """
 
 from dit_lens.architectures.layout import Layout, Patches
-from dit_lens.architectures.record import EXPERTS, WAN, Architecture, Guidance, lookup, register
+from dit_lens.architectures.record import EXPERTS, WAN, Architecture, Guidance, Loop, lookup, register
 from dit_lens.architectures.stack import Block, Stack
 
-__all__ = ["EXPERTS", "WAN", "Architecture", "Block", "Guidance", "Layout", "Patches", "Stack", "lookup", "register"]
+__all__ = ["EXPERTS", "WAN", "Architecture", "Block", "Guidance", "Layout", "Loop", "Patches", "Stack", "lookup", "register"]

@@ -13,7 +13,7 @@ visual tokens, in latent frames and token rows and columns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,19 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A sampling loop without a scheduler of diffusers', of which nothing is known but what its denoiser is given.
+
+    Attributes:
+        timestep: the parameter of the denoiser's `forward` that has the timestep.
+        noise: from a timestep to the `dit_lens.NoiseState` there: how sample and noise mix, and what the output is.
+    """
+
+    timestep: str
+    noise: Callable[[float], Any]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of diffusion transformers.
 
@@ -63,6 +76,7 @@ class Architecture:
             those of a picture, before its own; empty where there are none.
         guidance: how the branches are called; watched in the first step of a run when left out.
         guided_above: guidance runs when `guidance_scale` is greater than this.
+        loop: the sampling loop, where it has no scheduler of diffusers'; `guidance` is then to be given.
         token_rule: how tokens cover the latents, in words.
     """
 
@@ -77,6 +91,7 @@ class Architecture:
     further_keys: str = ""
     guidance: Guidance | None = None
     guided_above: float = 1.0
+    loop: Loop | None = None
     token_rule: str = "one token covers patch_size = (frames, rows, columns) of the latent video, rows before columns"
 
     @property
@@ -151,6 +166,8 @@ class Architecture:
     def guidance_at(self, guidance_scale: float) -> Guidance:
         """How a run with this guidance scale calls its branches."""
         guidance = self.guidance or Guidance()
+        if guidance.kind == "none":
+            return guidance
         return guidance if guidance_scale > self.guided_above else Guidance("none", guidance.branches[:1])
 
 
