@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.activations import Activations
-from dit_lens.architectures import Architecture, Layout, register
+from dit_lens.architectures import Architecture, Guidance, Layout, Loop, Patches, Stack, register
 from dit_lens.attention_maps import frame_map, token_map
 from dit_lens.calls import DenoiserCall
 from dit_lens.directions import (
@@ -37,14 +37,14 @@ from dit_lens.knockout import KnockoutAttention
 from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.layer_lens import TunedLens, fit_tuned_lens, layer_lens
 from dit_lens.lens import Lens, load, wrap
-from dit_lens.noise import x0_hat
+from dit_lens.noise import NoiseState, x0_hat
 from dit_lens.pairs import Pair, PairRuns
 from dit_lens.record import Record
 from dit_lens.reducers import frame_mean, full, norm, region_mean
 from dit_lens.replay import Replay, Resume
 from dit_lens.run import Run
 from dit_lens.selection import Cell, Selector, at
-from dit_lens.sites import Gate, Site
+from dit_lens.sites import BLOCK_SITES, Gate, Site, attention_sites
 from dit_lens.store import Store
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ LATER = {
 """What brings the plots and scipy along, imported when it is asked for."""
 
 __all__ = [
+    "BLOCK_SITES",
     "Activations",
     "AddNoise",
     "Architecture",
@@ -77,17 +78,21 @@ __all__ = [
     "Edit",
     "Eraser",
     "Gate",
+    "Guidance",
     "InputError",
     "KnockoutAttention",
     "Layout",
     "Lens",
+    "Loop",
     "Mean",
     "Moment",
+    "NoiseState",
     "Outcome",
     "Pair",
     "PairRuns",
     "Patch",
     "PatchUpdate",
+    "Patches",
     "Record",
     "ReplaceLatents",
     "Replay",
@@ -97,12 +102,14 @@ __all__ = [
     "Selector",
     "Site",
     "Skip",
+    "Stack",
     "Steer",
     "Store",
     "Sweep",
     "TunedLens",
     "Zero",
     "at",
+    "attention_sites",
     "attribute",
     "branches",
     "cosine",

@@ -119,10 +119,7 @@ class _Discovery:
             )
         held = [self._held(members[0], parameter) for parameter in carried]
         flat = tuple(stream for regions in held for stream, _ in regions)
-        pieces = [
-            Piece(tuple(stream for stream, _ in regions), members[-1], place)
-            for regions, place in zip(held, carried.values(), strict=True)
-        ]
+        pieces = [Piece(tuple(its), members[-1], place) for its, place in zip(held, carried.values(), strict=True)]
         if VISUAL not in flat:
             self.beside += [self._spoken(piece) for piece in pieces]
             return
@@ -152,7 +149,7 @@ class _Discovery:
             after = watched(self.denoiser, {**self.arguments, name: _other(self.arguments[name])})
             there = [call for call in after if call.path == piece.call.path]
             if len(there) > number and not _same(there[number].returned[piece.place], piece.tensor):
-                return replace(piece, streams=(TEXT,))
+                return replace(piece, regions=((TEXT, piece.regions[0][1]),))
         return piece
 
     def _held(self, call: Call, parameter: str) -> list[tuple[str, int]]:
@@ -162,7 +159,7 @@ class _Discovery:
             for some in permutations(pieces, count):
                 tensors = [piece.tensor for piece in some]
                 if _fit(tensors) and _same(torch.cat(tensors, dim=1), given):
-                    return [part for piece in some for part in self._lengths(piece)]
+                    return _runs([part for piece in some for part in piece.regions], self._who(call, parameter))
         marked = _Marked(self.denoiser, self.arguments, call)
         if not self.before:
             return marked.regions(parameter)
@@ -170,36 +167,36 @@ class _Discovery:
         unmoved = torch.zeros(given.shape[1], dtype=torch.bool)
         fed = [_moved(self.denoiser, self.arguments, piece, call).get(parameter, unmoved) for piece in pieces]
         owners = [next((number for number, mask in enumerate(fed) if mask[place]), None) for place in range(given.shape[1])]
-        names: list[str] = []
+        found: list[tuple[str, int]] = []
         for owner, its in groupby(owners):
-            count = len(list(its))
+            count, start = len(list(its)), sum(length for _, length in found)
             if owner is None:
-                names += marked.names(parameter)[len(names) : len(names) + count]
-            elif len(pieces[owner].streams) == 1:
-                names += [pieces[owner].streams[0]] * count
+                found += [(stream, 1) for stream in marked.names(parameter)[start : start + count]]
             else:
-                names += [stream for stream, length in self._lengths(pieces[owner]) for _ in range(length)]
-        if len(names) != given.shape[1]:
+                found += pieces[owner].regions if len(pieces[owner].regions) > 1 else [(pieces[owner].streams[0], count)]
+        if sum(length for _, length in found) != given.shape[1]:
             raise Undecided(
-                f"{parameter} of {call.path} of the {self.name} has {given.shape[1]} tokens, which are not those that came before"
+                f"{self._who(call, parameter)} has {given.shape[1]} tokens, which are not those that came before"
                 f" it ({listed(f'{count} {stream}' for stream, count in self.tokens.items())}); describe it with a record"
             )
-        return _runs(names, f"{parameter} of {call.path} of the {self.name}")
+        return _runs(found, self._who(call, parameter))
 
-    def _lengths(self, piece: Piece) -> list[tuple[str, int]]:
-        """The streams of a piece with their lengths."""
-        if len(piece.streams) == 1:
-            return [(piece.streams[0], piece.tensor.shape[1])]
-        return [(stream, self.tokens[stream]) for stream in piece.streams]
+    def _who(self, call: Call, parameter: str) -> str:
+        return f"{parameter} of {call.path} of the {self.name}"
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A tensor that a list's last block returned, with the streams in it."""
+    """A tensor that a list's last block returned, with the streams in it and their lengths."""
 
-    streams: tuple[str, ...]
+    regions: tuple[tuple[str, int], ...]
     call: Call
     place: int
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams, one after the other."""
+        return tuple(stream for stream, _ in self.regions)
 
     @property
     def tensor(self) -> Any:
@@ -317,9 +314,9 @@ def _variant(stack: Stack, carried: Mapping[str, int], call: Call) -> Stack:
     )
 
 
-def _runs(names: Sequence[str], who: str) -> list[tuple[str, int]]:
-    """Streams with their lengths, from the stream of every token; an error where one lies in several places."""
-    runs = [(stream, len(list(its))) for stream, its in groupby(names)]
+def _runs(parts: Sequence[tuple[str, int]], who: str) -> list[tuple[str, int]]:
+    """Streams with their lengths, from parts of them in their order; an error where a stream lies in several places."""
+    runs = [(stream, sum(count for _, count in its)) for stream, its in groupby(parts, key=lambda part: part[0])]
     streams = [stream for stream, _ in runs]
     scattered = [stream for stream in streams if streams.count(stream) > 1]
     if scattered:
@@ -389,7 +386,8 @@ class _Marked:
         if VISUAL not in names:
             spoken = set(names) - {EXTRA}
             return [(spoken.pop() if len(spoken) == 1 else EXTRA, len(names))]
-        return _runs(names, f"{parameter} of {self.first.path} of the {type(self.denoiser).__name__}")
+        who = f"{parameter} of {self.first.path} of the {type(self.denoiser).__name__}"
+        return _runs([(name, 1) for name in names], who)
 
     def patches(self, count: int) -> Patches | None:
         """How so many visual tokens cover the latents: a place is marked, and the token that changes is looked for."""
