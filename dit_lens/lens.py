@@ -150,7 +150,8 @@ class Lens:
     def _know(self, inputs: Mapping[str, Any]) -> Architecture:
         """The architecture, found with these arguments where it is not known."""
         if self._architecture is None:
-            self._architecture = find(self.pipe, inputs)
+            with batching.beginning(self.pipe, inputs) as arguments:
+                self._architecture = find(self.pipe, arguments)
         return self._architecture
 
     @property
@@ -199,7 +200,7 @@ class Lens:
         Returns:
             What the pipeline returns.
         """
-        call = batching.prepare(self.pipe, seed, inputs, reserved=("generator", "num_videos_per_prompt"))
+        call = batching.prepare(self.pipe, seed, inputs, reserved=("generator",))
         with self._alone(progress), call.context(self.pipe):
             return self.pipe(**call.arguments)
 
@@ -241,7 +242,7 @@ class Lens:
             InputError: arguments that the pipeline lacks, a selection that is out of range or matches nothing, one that
                 would keep too much, or edits that cannot be made; before anything runs where that can be known.
         """
-        reserved = ("generator", "num_videos_per_prompt", "output_type", "return_dict")
+        reserved = ("generator", "output_type", "return_dict")
         call = batching.prepare(self.pipe, seed, inputs, reserved)
         records, changes = as_records(record), as_edits(edits)
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
@@ -456,6 +457,7 @@ class Lens:
             text_tokens=clock.text_tokens,
             calls={place: replace(kept, seeds=call.seeds, prompts=call.groups) for place, kept in clock.calls.items()},
             sign=clock.sign,
+            held=clock.held,
         )
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:
@@ -472,7 +474,8 @@ class Lens:
         # What the pipeline makes of its arguments is seen where it begins; prompts and pictures have no part in it.
         key = tuple(sorted((name, settings_of(value)) for name, value in inputs.items()))
         if key not in self._outlines:
-            self._outlines[key] = outline(self.pipe, architecture.denoisers(self.pipe), inputs)
+            with batching.beginning(self.pipe, inputs) as arguments:
+                self._outlines[key] = outline(self.pipe, architecture.denoisers(self.pipe), arguments)
         seen = self._outlines[key]
         return forecast_with(self.pipe, architecture, seen.scheduler, seen.guidance)
 

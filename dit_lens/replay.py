@@ -130,7 +130,7 @@ class Replay:
         """
         if self.call.weights is None:
             raise InputError(f"there is no x0-hat at step {self.call.step}: the sample is pure noise, the output epsilon")
-        return weighted(self.call.weights, self.call.latents.to(self.velocity.device), self.velocity)
+        return weighted(self.call.weights, self.call.latents.to(self.velocity.device), self.velocity, self.call.held)
 
 
 def forecast_of(call: DenoiserCall) -> Forecast:
