@@ -472,7 +472,8 @@ class Lens:
             steps, scale = (inputs.get(name, defaults[name].default) for name in ("num_inference_steps", "guidance_scale"))
             return forecast(self.pipe, architecture, steps, scale)
         # What the pipeline makes of its arguments is seen where it begins; prompts and pictures have no part in it.
-        key = tuple(sorted((name, settings_of(value)) for name, value in inputs.items()))
+        settings = tuple(sorted((name, settings_of(value)) for name, value in inputs.items()))
+        key = (settings, type(self.pipe.scheduler), repr(self.pipe.scheduler.config))
         if key not in self._outlines:
             with batching.beginning(self.pipe, inputs) as arguments:
                 self._outlines[key] = outline(self.pipe, architecture.denoisers(self.pipe), arguments)
