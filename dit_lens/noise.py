@@ -14,6 +14,7 @@ UnCLIP, VQDiffusion.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Sequence
@@ -127,8 +128,13 @@ def _setting(scheduler: Any, name: str, default: Any) -> Any:
 
     A configuration keeps what `from_config` found in that of another scheduler, and the scheduler never looks at it.
     """
-    takes = (inspect.signature(parent.__init__).parameters for parent in type(scheduler).__mro__)
-    return scheduler.config.get(name, default) if any(name in parameters for parameters in takes) else default
+    return scheduler.config.get(name, default) if name in _settings(type(scheduler)) else default
+
+
+@functools.cache
+def _settings(kind: type) -> frozenset[str]:
+    """The settings that a class of schedulers, or a parent of it, knows."""
+    return frozenset(name for parent in kind.__mro__ for name in inspect.signature(parent.__init__).parameters)
 
 
 def _index(scheduler: Any, timestep: float) -> int:
