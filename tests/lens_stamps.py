@@ -53,6 +53,7 @@ class Stamper:
 
     Attributes:
         stamped: whose streams were stamped, in all calls since `begin`. returned: what their modules returned meanwhile.
+        expert, told, rows: of the call under way, the timestep as it was told.
     """
 
     pipe: Any
@@ -60,6 +61,9 @@ class Stamper:
     on: bool = False
     stamped: list[Label] = field(default_factory=list)
     returned: dict[Label, Tensor] = field(default_factory=dict)
+    expert: str = ""
+    told: float = 0.0
+    rows: int = 0
 
     def __post_init__(self) -> None:
         steps = range(self.small.inputs["num_inference_steps"])
@@ -140,9 +144,9 @@ class Stamper:
     def _stamped(self, part: Part, stream: str, tensor: Tensor) -> Tensor:
         for branch in self.branches:
             self.stamped.append((self.expert, self.step, branch, part.number, "resid", stream))
-        sample = torch.arange(self.rows // len(self.branches))
-        whole = [stamp(self.small, self.expert, self.told, branch, part.number, stream, tensor, sample) for branch in self.branches]
-        return torch.cat(whole)
+        samples = torch.arange(self.rows // len(self.branches))
+        place = (part.number, stream, tensor, samples)
+        return torch.cat([stamp(self.small, self.expert, self.told, branch, *place) for branch in self.branches])
 
     def _writing(self, part: Part, site: str, streams: tuple[str, ...]) -> Callable[..., None]:
         """A hook that keeps what a module returned, by its label."""
@@ -169,17 +173,17 @@ class Stamper:
 
 
 def stamp(
-    small: SmallPipeline, expert: str, told: float, branch: str, block: int, stream: str, like: Tensor, sample: Tensor
+    small: SmallPipeline, expert: str, told: float, branch: str, block: int, stream: str, like: Tensor, samples: Tensor
 ) -> Tensor:
     """The stamps of the tokens of one stream of one branch, (samples, tokens, channels)."""
     count, channels = like.shape[1:]
     shape = small.layout if stream == "visual" else (1, 1, count)
     places = torch.cartesian_prod(*(torch.arange(size) for size in shape))
-    written = torch.zeros(len(sample), count, channels)
+    written = torch.zeros(len(samples), count, channels)
     names = (small.experts.index(expert) + 1, told, small.branches.index(branch) + 1, block + 1, STREAMS.index(stream) + 1)
     written[..., :5] = torch.tensor(names, dtype=torch.float32)
     written[..., 5:8] = places + 1.0
-    written[..., 8] = sample[:, None] + 1.0
+    written[..., 8] = samples[:, None] + 1.0
     return written.to(like)
 
 

@@ -262,7 +262,7 @@ SCHEDULERS = [(small, name) for small in SMALL for name in small.schedulers]
 def level(pipe: Any, step: int) -> float:
     """The noise level of a step, from the scheduler's own tables."""
     scheduler = pipe.scheduler
-    if "use_flow_sigmas" in scheduler.config and not scheduler.config["use_flow_sigmas"] or not hasattr(scheduler, "sigmas"):
+    if not hasattr(scheduler, "sigmas") or not scheduler.config.get("use_flow_sigmas", True):
         kept = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
         return ((1 - kept) / kept) ** 0.5 if kept else math.inf
     sigma = float(scheduler.sigmas[step])
@@ -308,8 +308,8 @@ def test_what_cannot_be_labelled_is_refused(name: str, engine: str) -> None:
     lens = dl.wrap(pipe, engine=engine)
     lens.plain(**PIPELINES[name].inputs)
     before = fingerprint(pipe)
-    for record in ((), STREAMS):
+    for wanted in ((), STREAMS):
         with pytest.raises(dl.InputError, match=REFUSED[name]) as caught:
-            lens.run(**given, decode=False, record=record)
+            lens.run(**given, decode=False, record=wanted)
         assert "\n" not in str(caught.value)
     assert fingerprint(pipe) == before
