@@ -299,7 +299,7 @@ def adding(small: SmallDenoiser, where: Held, turn: int) -> Callable[[nn.Module,
 
 def places_told(small: SmallDenoiser, arguments: Mapping[str, Any]) -> Tensor | None:
     """Where the tokens of packed latents lie, as a call says it: (tokens, 3) of frame, row and column from the first on."""
-    shapes = arguments.get("img_shapes") or arguments.get("shape_list")
+    shapes: Any = arguments.get("img_shapes") or arguments.get("shape_list")
     if "num_frames" in arguments:
         shapes = [[tuple(arguments[name] for name in ("num_frames", "height", "width"))]]
     if shapes:
