@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from dit_lens import files, provenance, reasoner
 from dit_lens.claims import Claim, committed, judged
 from dit_lens.clean import CleanRuns
+from dit_lens.encoded import encoded_once
 from dit_lens.errors import InputError
 from dit_lens.run import Run
 
@@ -249,7 +250,8 @@ def run_experiment(
     if spent is not None:
         tqdm.write(f"{experiment.name}: finished before with the same fingerprint {fingerprint}", file=sys.stderr)
     context = Context(lens, settings, folder, experiment.name, fingerprint, arguments or {})
-    results = experiment.run(context)
+    with encoded_once(lens.pipe):
+        results = experiment.run(context)
     verdicts = verdicts_of(experiment, results)
     manifest = {
         "experiment": experiment.name,

@@ -5,6 +5,7 @@ Nothing here knows dit_lens.architectures: what that finds is tested against wha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -92,8 +93,9 @@ def moved(value: Any, places: Callable[[Tensor], Tensor] = torch.ones_like) -> A
 
 def result(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
     """What a denoiser answers, as (rows, numbers)."""
+    asked = {"return_dict": False} if "return_dict" in inspect.signature(type(model).forward).parameters else {}
     with torch.no_grad():
-        answer = model(**copied(dict(arguments)), return_dict=False)
+        answer = model(**copied(dict(arguments)), **asked)
     return torch.stack([row.flatten() for row in (answer if isinstance(answer, Tensor) else answer[0])])
 
 
@@ -155,12 +157,17 @@ def calls(name: str) -> list[tuple[Blocks, Call]]:
 
 
 def sequence(small: SmallDenoiser, value: Any, tokens: int) -> Tensor | None:
-    """As (rows, tokens, channels), if it is a tensor of that many tokens a row; tokens may come first, or in several axes."""
+    """As (rows, tokens, channels), if it is a tensor of that many tokens a row.
+
+    Tokens may come first, in several axes, or as a picture behind the channels.
+    """
     number = rows(small.name)
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
         return None
     if value.ndim == 3 and value.shape[:2] == (tokens, number):
         return value.transpose(0, 1)
+    if value.ndim == 4 and value.shape[0] == number and value.shape[2:].numel() == tokens:
+        return value.flatten(2).mT
     fits = value.shape[:-1].numel() == number * tokens and value.shape[0] % number == 0
     return value.reshape(number, tokens, -1) if fits else None
 
@@ -292,11 +299,12 @@ def adding(small: SmallDenoiser, where: Held, turn: int) -> Callable[[nn.Module,
 
 def places_told(small: SmallDenoiser, arguments: Mapping[str, Any]) -> Tensor | None:
     """Where the tokens of packed latents lie, as a call says it: (tokens, 3) of frame, row and column from the first on."""
-    shapes = arguments.get("img_shapes") or arguments.get("shape_list")
+    shapes: Any = arguments.get("img_shapes") or arguments.get("shape_list")
     if "num_frames" in arguments:
         shapes = [[tuple(arguments[name] for name in ("num_frames", "height", "width"))]]
     if shapes:
-        return torch.cartesian_prod(*(torch.arange(float(number)) for number in shapes[0][0]))
+        shape = shapes[0] if isinstance(shapes[0], tuple) else shapes[0][0]
+        return torch.cartesian_prod(*(torch.arange(float(number)) for number in shape))
     found = arguments.get("img_ids", arguments.get("position_ids"))
     if found is None or found.shape[-1] < 3:
         return None

@@ -45,8 +45,8 @@ class SmallDenoiser:
         name: of the class.
         make: makes it, with weights from torch's generator; `build` gives that a seed.
         arguments: makes the arguments of one call with two rows that differ, by name; from torch's generator too.
-        blocks: in the order in which they run; one entry for each list, or several where its blocks differ in their streams.
-            All that carry the visual stream, also before it joins the text.
+        blocks: in the order in which they run; one entry for each list, or several where its blocks differ in their streams
+            or take turns with those of others. All that carry the visual stream, also before it joins the text.
         tokens: how many tokens each stream has in that call; with those that share its place in a block's return value, as
             registers or tokens of a picture before a text.
         layout: (frames, height, width) of the visual tokens; frames are latent frames, an image is one. Of a sound,

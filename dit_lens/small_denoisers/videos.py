@@ -42,6 +42,18 @@ def allegro() -> nn.Module:
     )
 
 
+LATTE_BLOCKS = (
+    Blocks("transformer_blocks", count=1, streams=("visual",), modules=CROSSED),
+    Blocks(
+        "temporal_transformer_blocks",
+        count=1,
+        streams=("visual",),
+        modules={("attn", "visual"): "attn1", ("mlp", "visual"): "ff"},
+    ),
+)
+"""One turn of two."""
+
+
 def latte() -> nn.Module:
     """A spatial block and a temporal one by turns.
 
@@ -102,15 +114,7 @@ ALL = (
         name="LatteTransformer3DModel",
         make=latte,
         arguments=video_arguments,
-        blocks=(
-            Blocks("transformer_blocks", count=2, streams=("visual",), modules=CROSSED),
-            Blocks(
-                "temporal_transformer_blocks",
-                count=2,
-                streams=("visual",),
-                modules={("attn", "visual"): "attn1", ("mlp", "visual"): "ff"},
-            ),
-        ),
+        blocks=LATTE_BLOCKS * 2,
         tokens={"visual": FRAMES * ROWS * COLUMNS},
         layout=(FRAMES, ROWS, COLUMNS),
     ),
