@@ -61,6 +61,8 @@ dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_p
     dit_lens.small_denoisers.refined dit_lens.small_denoisers.sequences
 dit_lens.small_pipelines.unusual dit_lens.small_denoisers.chunked dit_lens.small_denoisers.wan_kin
 dit_lens.small_pipelines dit_lens.small_denoisers
+dit_lens.small_pipelines.page
+dit_lens.small_pipelines.__main__
 dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build dit_lens.plants.features

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +18,21 @@ from torch import Tensor
 import dit_lens as dl
 from dit_lens.architectures import record
 from dit_lens.small_pipelines import PIPELINES, SmallPipeline, pipeline
+from dit_lens.small_pipelines.page import looked_at, page, seen
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi asks for float32 there
 ]
 
+PAGE = Path(__file__).parent.parent / "docs" / "pipelines.md"
 ENGINES = ("hooks", "nnsight")
 EVERYTHING = dl.at(site="all", stream="all")
 STREAMS = dl.at(stream="all")
 REFUSED = {
     "stable-diffusion-3-skip-layers": "step 1 calls the denoiser more often than StableDiffusion3Pipeline has branches",
     "lumina-2-truncated": "step 1 calls cond, and a step before it cond, uncond: a run whose guidance changes on the way",
-    "z-image": "the extra tokens of x of layers of the ZImageTransformer2DModel do not lie together",
+    "z-image": "blocks of noise_refiner of the ZImageTransformer2DModel have extra tokens in the sequences of samples that come as a list",
 }
 """What a lens says of the pipelines whose runs it cannot label."""
 ONE_SAMPLE = ("wan-vace",)
@@ -301,6 +304,28 @@ def test_steps_levels_and_bets_are_right_with_every_scheduler(small: SmallPipeli
             torch.testing.assert_close(bet[:, free], target[:, free], rtol=2e-3, atol=2e-3)
 
 
+@every
+def test_several_samples_are_the_pipelines_own(small: SmallPipeline) -> None:
+    """Two prompts with two seeds each: the bits of the pipeline with these generators, prompt by prompt."""
+    found = runs(small.name)
+    given, lens = inputs_of(small, samples=2), found.lenses["nnsight"]
+    if small.name in ONE_SAMPLE:
+        with pytest.raises(ValueError, match="Passing a list of prompts is not yet supported"):
+            lens.run(**given, decode=False)
+        return
+    run = lens.run(**given, seed=[3, 4], record=dl.at(block=0, site="attn"), decode=small.name == "dit")
+    plain = torch.as_tensor(lens.plain(**{**small.inputs, **given}, seed=[3, 4], return_dict=False)[0])
+    result = run.latents[-1] if run.video is None else run.video[:, 0]
+    assert torch.equal(result, plain)
+    assert run.seeds == (3, 4, 3, 4)
+    assert run.batch == len(run.prompts) == 4
+    assert torch.equal(run.latents[0, :2], run.latents[0, 2:]), "the same seed draws the same noise"
+    assert not torch.equal(run.latents[0, 0], run.latents[0, 1])
+    assert not torch.equal(run.velocity(0, "cond")[:2], run.velocity(0, "cond")[2:]), "another prompt"
+    if "uncond" in small.branches:
+        torch.testing.assert_close(run.velocity(0, "uncond")[:2], run.velocity(0, "uncond")[2:], rtol=1e-4, atol=1e-5)
+
+
 @both_engines
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_labelled_is_refused(name: str, engine: str) -> None:
@@ -313,3 +338,20 @@ def test_what_cannot_be_labelled_is_refused(name: str, engine: str) -> None:
             lens.run(**given, decode=False, record=wanted)
         assert "\n" not in str(caught.value)
     assert fingerprint(pipe) == before
+
+
+def test_z_image_is_refused_at_sizes_that_need_no_padding_too() -> None:
+    """How many tokens of the text are padding depends on the prompt there, and so on the branch."""
+    given = {**inputs_of(PIPELINES["z-image"]), "height": 16, "width": 32}
+    with pytest.raises(dl.InputError, match="extra tokens in the sequences of samples that come as a list"):
+        dl.wrap(pipeline("z-image")).run(**given, decode=False)
+
+
+def test_the_page_says_what_the_lens_sees() -> None:
+    rows = []
+    for small in PIPELINES.values():
+        found = None if small.name in REFUSED else runs(small.name)
+        rows.append(looked_at(small) if found is None else seen(small, found.lenses["hooks"], found.whole["hooks"]))
+    written = PAGE.read_text(encoding="utf-8")
+    assert written == page(rows), "docs/pipelines.md is stale: run python -m dit_lens.small_pipelines"
+    assert [row.small.name for row in rows if row.verdict == "works"] == [small.name for small in SMALL]
