@@ -32,7 +32,7 @@ STREAMS = dl.at(stream="all")
 REFUSED = {
     "stable-diffusion-3-skip-layers": "step 1 calls the denoiser more often than StableDiffusion3Pipeline has branches",
     "lumina-2-truncated": "step 1 calls cond, and a step before it cond, uncond: a run whose guidance changes on the way",
-    "z-image": "blocks of noise_refiner of the ZImageTransformer2DModel have extra tokens in the sequences of samples that come as a list",
+    "z-image": "the ZImageTransformer2DModel have extra tokens in the sequences of samples that come as a list",
 }
 """What a lens says of the pipelines whose runs it cannot label."""
 ONE_SAMPLE = ("wan-vace",)
