@@ -127,6 +127,15 @@ def in_form_of(sample: Tensor, output: Tensor) -> Tensor:
     )
 
 
+def with_variance(denoiser: nn.Module, output: Tensor) -> Tensor:
+    """An output in the form of latents as the denoiser returns it: with zeros for a variance that it predicts beside the mean.
+
+    No scheduler that is known here takes one, and pipelines drop it.
+    """
+    doubled = output.ndim > 3 and vars(denoiser).get("out_channels") == 2 * output.shape[1]
+    return torch.cat([output, torch.zeros_like(output)], dim=1) if doubled else output
+
+
 def held_frames(sample: Tensor, taken: Tensor) -> tuple[int, ...]:
     """The latent frames in which a denoiser takes something else than the scheduler's latents, which it takes in the others.
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_lens import batching, loading, obstacles
+from dit_lens import batching, decoding, loading, obstacles
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Guidance, lookup
 from dit_lens.architectures.finding import find
@@ -45,13 +45,11 @@ from dit_lens.rows import by_branch
 from dit_lens.run import Run
 from dit_lens.schedule import Clock, Forecast, StepClock, forecast, forecast_with
 from dit_lens.selection import Extent, Selector
-from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute, to_host
+from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute
 
 ENGINES = ("nnsight", "hooks")
 LIMIT_BYTES = 4 * 10**9
 """How much a run keeps at most, unless told otherwise."""
-DECODED_LATENTS = 2**18
-"""How many latent positions (rows x frames x height x width) an accelerator decodes at a time."""
 
 
 class _Turn:
@@ -343,30 +341,19 @@ class Lens:
         return Replay(call, in_form_of(call.latents, rows), activations)
 
     def decode(
-        self, latents: Float[Tensor, "*batch channels frames height width"], rows: int | None = None
+        self, latents: Float[Tensor, ...], rows: int | None = None
     ) -> Float[Tensor, "*batch video_frames video_height video_width 3"]:
         """Latents (of a run, or an x0-hat) as video in [0, 1], on the CPU.
 
         Args:
-            latents: on any device, scaled as the denoiser sees them. rows: how many to decode at a time; by default few
-                on the CPU, and as many as `DECODED_LATENTS` holds on an accelerator.
+            latents: (..., channels, frames, height, width), on any device, scaled as the denoiser sees them.
+            rows: how many to decode at a time; by default few on the CPU, and as many as `decoding.DECODED_LATENTS` holds on an
+                accelerator.
+
+        Raises:
+            InputError: the pipeline's latents are scaled otherwise than by a mean and a deviation of each channel.
         """
-        vae, leading = self.pipe.vae, latents.shape[:-4]
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(self.pipe._execution_device, vae.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        if rows is None:
-            rows = 8 if mean.device.type == "cpu" else max(1, DECODED_LATENTS // latents[..., 0, :, :, :].shape[-3:].numel())
-        videos = []
-        with torch.no_grad():
-            for chunk in latents.flatten(0, -5).split(rows) if leading else [latents[None]]:
-                # Divided by the inverse, as the pipeline does it: another order rounds differently.
-                scaled = chunk.to(mean.device, vae.dtype) / (1.0 / std) + mean
-                decoded = vae.decode(scaled, return_dict=False)[0]
-                frames = self.pipe.video_processor.postprocess_video(decoded, output_type="pt")
-                videos.append(to_host(frames.movedim(2, -1)))
-        return torch.cat(videos).unflatten(0, leading) if leading else torch.cat(videos)[0]
+        return decoding.decode(self.pipe, latents, rows)
 
     def _tapped(
         self,

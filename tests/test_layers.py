@@ -44,7 +44,7 @@ dit_lens.store
 dit_lens.edits
 dit_lens.knockout dit_lens.latent_edits
 dit_lens.editor
-dit_lens.batching dit_lens.loading dit_lens.describe dit_lens.encoded
+dit_lens.batching dit_lens.decoding dit_lens.loading dit_lens.describe dit_lens.encoded
 dit_lens.lens
 dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table

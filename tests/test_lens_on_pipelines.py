@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lens_stamps import Label, Stamper, fingerprint, stamp, tokens
+from lens_stamps import Label, Stamper, fingerprint, parts, stamp, tokens
 from stamps import Watched, all_knowing, watching
 from torch import Tensor
 
@@ -302,6 +302,57 @@ def test_steps_levels_and_bets_are_right_with_every_scheduler(small: SmallPipeli
                 assert torch.equal(bet[:, 0], run.latents[-1, 0, :, 0])
             free = slice(len(run.held), None)
             torch.testing.assert_close(bet[:, free], target[:, free], rtol=2e-3, atol=2e-3)
+
+
+@every
+def test_calls_are_made_again_and_answers_stand_for_them(small: SmallPipeline) -> None:
+    found = runs(small.name)
+    lens, whole = found.lenses["hooks"], found.whole["hooks"]
+    run = lens.run(**inputs_of(small), decode=False, keep_calls=True, until=1)
+    assert set(run.calls) == {(step, branch) for step in (0, 1) for branch in small.branches}
+    for branch in small.branches:
+        again = lens.replay(run.calls[1, branch], record=STREAMS)
+        assert torch.equal(again.velocity, whole.velocity(1, branch))
+        assert torch.equal(again.x0_hat, whole.x0_hat(1, branch))
+        assert again.activations
+        for entry in again.activations:
+            assert torch.equal(entry.tensor, whole.activations.one(**coordinates(entry.cell))), entry.cell
+    stored = {place: answer for place, answer in whole.answers().items() if place[0] == 1}
+    assert torch.equal(lens.run(**inputs_of(small), decode=False, answers=stored).latents, whole.latents)
+
+
+@every
+def test_a_description_names_experts_streams_and_sites(small: SmallPipeline) -> None:
+    found = runs(small.name)
+    rows = dict(found.lenses["hooks"].describe().rows)
+    cells = found.whole["hooks"].activations.cells
+    assert rows["pipeline"] == type(found.pipe).__name__
+    assert set(rows["streams"].split(", ")) == {cell.stream for cell in cells}
+    assert set(rows["sites"].split(", ")) == {cell.site for cell in cells}
+    for expert in small.experts:
+        count = len(parts(getattr(found.pipe, expert)))
+        assert rows[expert].startswith(f"{count} blocks")
+        assert {cell.block for cell in cells if cell.expert == expert} == set(range(count))
+
+
+def test_latents_are_decoded_as_the_pipeline_does_it_or_not_at_all(tmp_path: Path) -> None:
+    """The last latents hold the image where the pipeline shows it, also in a run that was written and read."""
+    lens = runs("wan-5b-image").lenses["hooks"]
+    run = lens.run(**inputs_of(PIPELINES["wan-5b-image"]))
+    run.save(tmp_path)
+    read = dl.Run.load(tmp_path)
+    assert run.video is not None
+    assert torch.equal(lens.decode(read.latents[-1]), run.video)
+    assert read.held == (0,)
+    assert torch.equal(read.x0_hat(1)[:, :, 0], run.latents[-1][:, :, 0])
+    assert torch.equal(dl.Run.joined([read, read]).x0_hat(1)[:1], run.x0_hat(1))
+    lens = runs("mochi").lenses["hooks"]
+    run = lens.run(**inputs_of(PIPELINES["mochi"]))
+    assert run.video is not None
+    torch.testing.assert_close(lens.decode(run.latents[-1]), run.video, rtol=1e-4, atol=1e-4)
+    for name in ("flux", "qwen-image", "cogvideox", "stable-audio"):
+        with pytest.raises(dl.InputError, match="cannot be decoded alone, only those of videos that the VAE scales by its"):
+            runs(name).lenses["hooks"].decode(runs(name).bare.latents[-1])
 
 
 @every

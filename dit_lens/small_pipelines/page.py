@@ -97,8 +97,8 @@ def page(rows: Sequence[Row]) -> str:
         "# Pipelines",
         "<!-- Written by `python -m dit_lens.small_pipelines`. Run it again; do not change this page. -->",
         " ".join(WORDS.split("\n")),
-        f"Of {len(rows)} pipelines {count} work and {len(others)} are refused. The layout is that of this small run, in latent frames,"
-        " rows and columns of tokens.",
+        f"Of {len(rows)} pipelines {count} work and {len(others)} are refused. The layout is that of this small run, in latent"
+        " frames, rows and columns of tokens.",
         "## What works",
         _table(head, table),
         "## Sites",
