@@ -263,7 +263,10 @@ class StepClock:
         timesteps = self.pipe.scheduler.timesteps
         if self.step < len(timesteps):
             return float(timesteps[self.step])
-        raise RuntimeError(f"the pipeline makes more steps than its scheduler has timesteps ({len(timesteps)})")
+        raise InputError(
+            f"the pipeline makes more steps than its scheduler has timesteps ({len(timesteps)}): where it goes through them again"
+            " for every segment of a video, activations cannot be labelled; give arguments for one segment"
+        )
 
     def _level(self) -> float:
         """The noise level of the step under way."""

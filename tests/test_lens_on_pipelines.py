@@ -398,6 +398,16 @@ def test_z_image_is_refused_at_sizes_that_need_no_padding_too() -> None:
         dl.wrap(pipeline("z-image")).run(**given, decode=False)
 
 
+def test_a_video_of_several_segments_is_refused() -> None:
+    """Animate goes through its schedule once for each."""
+    found = runs("wan-animate")
+    given = inputs_of(found.small)
+    longer = {name: given[name] + given[name][:8] for name in ("pose_video", "face_video")}
+    with pytest.raises(dl.InputError, match="more steps than its scheduler has timesteps .* give arguments for one segment"):
+        found.lenses["hooks"].run(**{**given, **longer}, decode=False)
+    assert fingerprint(found.pipe) == found.before
+
+
 def test_the_page_says_what_the_lens_sees() -> None:
     rows = []
     for small in PIPELINES.values():
