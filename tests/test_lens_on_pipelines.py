@@ -377,6 +377,17 @@ def test_several_samples_are_the_pipelines_own(small: SmallPipeline) -> None:
         torch.testing.assert_close(run.velocity(0, "uncond")[:2], run.velocity(0, "uncond")[2:], rtol=1e-4, atol=1e-5)
 
 
+def test_a_forecast_follows_the_noise_levels_that_are_asked_for() -> None:
+    found = runs("stable-diffusion-3")
+    for levels in ([1.0, 0.5, 0.2], [1.0, 0.7, 0.4]):
+        given = {**inputs_of(found.small), "sigmas": levels}
+        forecast = found.lenses["hooks"].forecast(**given)
+        run = found.lenses["hooks"].run(**given, decode=False, record=dl.at(block=0, site="attn"))
+        expected = [3 * level / (1 + 2 * level) for level in levels]  # the scheduler's shift is 3
+        assert list(forecast.sigmas) == pytest.approx(expected)
+        assert run.sigmas.tolist() == pytest.approx(expected)
+
+
 @both_engines
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_labelled_is_refused(name: str, engine: str) -> None:
