@@ -414,7 +414,7 @@ def test_a_video_of_several_segments_is_refused() -> None:
     found = runs("wan-animate")
     given = inputs_of(found.small)
     longer = {name: given[name] + given[name][:8] for name in ("pose_video", "face_video")}
-    with pytest.raises(dl.InputError, match="more steps than its scheduler has timesteps .* give arguments for one segment"):
+    with pytest.raises(dl.InputError, match=r"more steps than its scheduler has timesteps .* give arguments for one segment"):
         found.lenses["hooks"].run(**{**given, **longer}, decode=False)
     assert fingerprint(found.pipe) == found.before
 
