@@ -49,7 +49,8 @@ CLOCK_COLUMNS = ["step", "sigma", "timestep", "expert"]
 @dataclass(frozen=True)
 class Experiment:
     """A protocol. ``presets`` maps a name to an instance of one frozen dataclass of settings; ``run`` takes a `Context` and
-    returns the results, one row per measurement; ``claims`` are judged by these."""
+    returns the results, one row per measurement; ``claims`` are judged by these. ``after`` names experiments whose work it
+    takes up where they ran before it, into the same folder."""
 
     name: str
     title: str
@@ -58,6 +59,7 @@ class Experiment:
     presets: Mapping[str, Any]
     run: Callable[["Context"], pd.DataFrame]
     claims: Sequence[Claim] = ()
+    after: Sequence[str] = ()
 
     def preset(self, name: str) -> Any:
         """The settings of a preset. InputError where there is none of that name."""

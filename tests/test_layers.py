@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = """
-dit_lens.errors
+dit_lens.errors dit_lens.side_by_side
 dit_lens.files
 dit_lens.reasoner.board dit_lens.reasoner.settings
 dit_lens.reasoner.unmixing
