@@ -21,7 +21,7 @@ from torch import Tensor
 from dit_lens.errors import InputError, listed
 from dit_lens.taps import replaced_attribute
 
-PER_PROMPT = ("prompt", "negative_prompt", "image", "last_image", "prompt_embeds", "negative_prompt_embeds")
+PER_PROMPT = ("prompt", "negative_prompt", "class_labels", "image", "last_image", "prompt_embeds", "negative_prompt_embeds")
 """Pipeline arguments that may come once for each prompt."""
 
 IMAGES = ("image", "last_image")

@@ -135,7 +135,11 @@ class Bench:
         assert isinstance(run, Run)
         if outcome.of == "latents":
             return run.latents[-1]
-        assert run.video is not None  # it was decoded, as an outcome asks for it
+        if run.video is None:  # it was to be decoded, as an outcome asks for it
+            raise InputError(
+                f"outcome {outcome.name!r} is of the video, and a {type(self.lens.pipe).__name__} shows none; write of='latents',"
+                " 'x0_hat' or 'velocity'"
+            )
         return run.video
 
     def observed(self, run: Run, cells: Sequence[Cell]) -> Activations:

@@ -38,7 +38,7 @@ from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
 from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.loops import LoopClock, guidance_scale, loop_guidance, watch_loop
-from dit_lens.pictures import shown
+from dit_lens.pictures import shown, vae_of
 from dit_lens.record import Record, Recorder, as_records
 from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
 from dit_lens.rows import by_branch
@@ -350,7 +350,7 @@ class Lens:
             latents: on any device, scaled as the denoiser sees them. rows: how many to decode at a time; by default few
                 on the CPU, and as many as `DECODED_LATENTS` holds on an accelerator.
         """
-        vae, leading = self.pipe.vae, latents.shape[:-4]
+        vae, leading = vae_of(self.pipe), latents.shape[:-4]
         mean, std = (
             torch.tensor(values).view(1, -1, 1, 1, 1).to(self.pipe._execution_device, vae.dtype)
             for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -480,9 +480,7 @@ class Lens:
         """The clock of a run."""
         if self.architecture.loop is not None:
             named["guidance"] = loop_guidance(foreseen)
-            clock = LoopClock(self.pipe, self.architecture, guidance_scale(self.pipe, inputs), **named)
-            clock.follow(foreseen)
-            return clock
+            return LoopClock(self.pipe, self.architecture, guidance_scale(self.pipe, inputs), foreseen, **named)
         guidance = self.architecture.guidance or loop_guidance(foreseen)
         return StepClock(self.pipe, self.architecture, guidance=guidance, **named)
 

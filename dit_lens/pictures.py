@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dit_lens.errors import InputError
 from dit_lens.taps import to_host
 
 
@@ -21,6 +22,18 @@ def shown(output: Any) -> Float[Tensor, "batch video_frames video_height video_w
     if hasattr(output, "frames"):
         return _channels_last(output.frames, 5)
     return _channels_last(output.images, 4)[:, None] if hasattr(output, "images") else None
+
+
+def vae_of(pipe: Any) -> Any:
+    """What decodes a pipeline's latents.
+
+    Raises:
+        InputError: there is nothing that does.
+    """
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        raise InputError(f"a {type(pipe).__name__} has no vae to decode with; look at the latents themselves, as of run.x0_hat(...)")
+    return vae
 
 
 def _channels_last(found: Any, axes: int) -> Tensor:

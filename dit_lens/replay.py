@@ -209,7 +209,7 @@ class Answers:
         self._resumes = {place: answer for place, answer in answers.items() if isinstance(answer, Resume)}
         self._denoisers = architecture.denoisers(pipe)
         self._architecture = architecture
-        self._experts = forecast.experts
+        self._experts, self._returns = forecast.experts, forecast.returns
         self._asked: set[tuple[int, str]] = set()
         steps = len(forecast.timesteps)
         for place in answers:
@@ -295,7 +295,7 @@ class Answers:
                     f"the stored output for step {place[0]}, {place[1]!r}, has shape {tuple(stored.shape)}, and the denoiser"
                     f" takes latents of shape {tuple(latents.shape)}; batch, frames, height and width must agree"
                 )
-            return returned(denoiser, args, kwargs, stored.to(latents))
+            return returned(denoiser, args, kwargs, stored.to(latents), self._returns.get(clock.expert))
 
         return answering
 

@@ -52,12 +52,15 @@ class Loop:
     """A sampling loop without a scheduler of diffusers', of which nothing is known but what its denoiser is given.
 
     Attributes:
-        timestep: the parameter of the denoiser's `forward` that has the timestep.
+        timestep: the parameter of the denoiser's `forward` that has the timestep: one for all, one for every row, or (rows,
+            frames) or (rows, tokens), where frames have timesteps of their own.
         noise: from a timestep to the `dit_lens.NoiseState` there: how sample and noise mix, and what the output is.
+        of_frames: from the timesteps of the frames of a call to the one that its step is known by.
     """
 
     timestep: str
     noise: Callable[[float], Any]
+    of_frames: Callable[[Sequence[float]], float] = max
 
 
 @dataclass(frozen=True)
