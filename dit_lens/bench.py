@@ -252,6 +252,8 @@ def cost_of(bench: Bench, edits: int, rows: int, batch: int) -> Cost:
     lens, grid, runs = bench.lens, bench.grid, bench.runs
     extent, architecture = grid.extent, lens.architecture
     blocks = [extent.blocks[expert] for expert in extent.forecast.experts]
+    denoiser = next(iter(architecture.denoisers(lens.pipe).values()))
+    dtype = getattr(lens.pipe, "dtype", next(denoiser.parameters()).dtype)
     branches = len(extent.forecast.branches)
     whole = branches * sum(blocks)
     late = any(outcome.of not in SAME_STEP for outcome in bench.outcomes)
@@ -268,9 +270,9 @@ def cost_of(bench: Bench, edits: int, rows: int, batch: int) -> Cost:
         shortest += sum(blocks[step] for step, _ in dict.fromkeys(place for place, _ in resumed))
         cells = {cell for point in points for cell in point.cells}
         sites = [extent.site(cell) for cell in cells]
-        held = sum(site.side_by_side * (4 if site.in_float32 else lens.pipe.dtype.itemsize) for site in sites)
-        most = max(most, held + len(resumed) * len(architecture.streams) * lens.pipe.dtype.itemsize)
-    width = architecture.width(next(iter(architecture.denoisers(lens.pipe).values())))
+        held = sum(site.side_by_side * (4 if site.in_float32 else dtype.itemsize) for site in sites)
+        most = max(most, held + len(resumed) * len(architecture.streams) * dtype.itemsize)
+    width = architecture.width(denoiser)
     activations = most * batch * runs.clean.layout.tokens * width
     every = [call for run in (runs.clean, runs.donor) for call in run.calls.values()]
     taken = {

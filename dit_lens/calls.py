@@ -127,9 +127,7 @@ def in_form_of(sample: Tensor, output: Tensor) -> Tensor:
     )
 
 
-def returned(
-    denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sample: Tensor, like: Any = None
-) -> Any:
+def returned(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sample: Tensor, like: Any = None) -> Any:
     """A tensor in the form in which the denoiser returns its output for these arguments.
 
     Args:
@@ -155,4 +153,6 @@ def _like(like: Any, sample: Tensor) -> Any:
     if not isinstance(like, Tensor):
         raise InputError(f"a denoiser that returns a {type(like).__name__} cannot be answered for; let it return a tensor")
     missing = like.shape[1] - sample.shape[1]
-    return torch.cat([sample, sample.new_full((len(sample), missing, *sample.shape[2:]), torch.nan)], dim=1) if missing else sample
+    return (
+        torch.cat([sample, sample.new_full((len(sample), missing, *sample.shape[2:]), torch.nan)], dim=1) if missing else sample
+    )

@@ -32,7 +32,9 @@ def vae_of(pipe: Any) -> Any:
     """
     vae = getattr(pipe, "vae", None)
     if vae is None:
-        raise InputError(f"a {type(pipe).__name__} has no vae to decode with; look at the latents themselves, as of run.x0_hat(...)")
+        raise InputError(
+            f"a {type(pipe).__name__} has no vae to decode with; look at the latents themselves, as of run.x0_hat(...)"
+        )
     return vae
 
 

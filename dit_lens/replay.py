@@ -142,6 +142,11 @@ def forecast_of(call: DenoiserCall) -> Forecast:
     return Forecast(timesteps, sigmas, tuple(experts), shared, batched=len(shared) > 1)
 
 
+def starts(call: DenoiserCall, resume: Resume | None) -> dict[tuple[int, str], Tensor | Resume]:
+    """Where a call begins, for `Answers`; a branch that shares it begins with the same streams, and nobody looks at its rows."""
+    return {} if resume is None else {(call.step, branch): resume for branch in call.shared or (call.branch,)}
+
+
 def clock_of(call: DenoiserCall, pipe: Any, architecture: Architecture) -> ReplayClock:
     """The clock that tells visitors which call it is."""
     shared = call.shared or (call.branch,)

@@ -66,21 +66,21 @@ class Block(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """(noisy images, words, times from 0 to 1) -> velocity."""
+    """(noisy images, prompts as vectors, times from 0 to 1) -> velocity."""
 
-    def __init__(self, size: int = 12, words: int = 16, length: int = 4, blocks: int = 4) -> None:
+    def __init__(self, size: int = 12, length: int = 4, blocks: int = 4) -> None:
         super().__init__()
-        self.size, self.length = size, length
+        self.size = size
         self.patches = nn.Conv2d(CHANNELS, WIDTH, PATCH, stride=PATCH)
         self.places = nn.Parameter(0.1 * torch.randn((size // PATCH) ** 2, WIDTH))
-        self.words, self.order = nn.Embedding(words + 1, WIDTH), nn.Parameter(0.1 * torch.randn(length, WIDTH))
+        self.order = nn.Parameter(0.1 * torch.randn(length, WIDTH))
         self.times = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
         self.head = nn.Linear(WIDTH, CHANNELS * PATCH**2)
 
-    def forward(self, latents: Tensor, words: Tensor, time: Tensor) -> Tensor:
-        text = self.words(words) + self.order
+    def forward(self, latents: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        text = text + self.order
         condition = functional.silu(self.times(waves(time)))
         image = self.patches(latents).flatten(2).mT + self.places
         for block in self.blocks:
@@ -95,15 +95,23 @@ def waves(time: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+class Words(nn.Module):
+    """The text encoder: a vector for every word, and one for no word."""
+
+    def __init__(self, vocabulary: list[str]) -> None:
+        super().__init__()
+        self.number = {word: number for number, word in enumerate([*vocabulary, "-"])}
+        self.vectors = nn.Embedding(len(self.number), WIDTH)
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        return self.vectors(torch.tensor([[self.number[word] for word in prompt.split()] for prompt in prompts]))
+
+
 class RectifiedFlowSampler:
-    """Euler steps from noise to images; prompts in, images in [-1, 1] out. The last word of the model is no word."""
+    """Euler steps from noise to images; prompts of equal length in, images in [-1, 1] out."""
 
-    def __init__(self, transformer: MMDiT, vocabulary: list[str]) -> None:
-        self.transformer, self.vocabulary = transformer, vocabulary
-
-    def numbers(self, prompts: list[str]) -> Tensor:
-        """The words of prompts as numbers, (prompts, words)."""
-        return torch.tensor([[self.vocabulary.index(word) for word in prompt.split()] for prompt in prompts])
+    def __init__(self, transformer: MMDiT, text_encoder: Words) -> None:
+        self.transformer, self.text_encoder = transformer, text_encoder
 
     @torch.no_grad()
     def __call__(
@@ -116,11 +124,11 @@ class RectifiedFlowSampler:
         model, prompts = self.transformer, [prompt] if isinstance(prompt, str) else prompt
         generators = generator if isinstance(generator, list) else [generator] * len(prompts)
         x = torch.stack([torch.randn(CHANNELS, model.size, model.size, generator=one) for one in generators])
-        words = self.numbers(prompts)
-        nothing = torch.full_like(words, model.words.num_embeddings - 1)
+        text = self.text_encoder(prompts)
+        nothing = self.text_encoder([" ".join("-" for _ in words.split()) for words in prompts])
         times = torch.linspace(1, 0, num_inference_steps + 1)
         for now, after in itertools.pairwise(times):
-            velocity = model(x, words, now.expand(len(x)))
+            velocity = model(x, text, now.expand(len(x)))
             if guidance_scale > 1:
                 uncond = model(x, nothing, now.expand(len(x)))
                 velocity = uncond + guidance_scale * (velocity - uncond)
@@ -158,6 +166,7 @@ RECORD = dl.Architecture(
         ),
     ),
     latents="latents",
+    text="text",
     patches=dl.Patches("chw", (PATCH, PATCH)),
     guidance=dl.Guidance("sequential", ("cond", "uncond")),
     loop=dl.Loop("time", lambda time: dl.NoiseState(time, 1 - time, time, "flow_prediction")),
@@ -167,7 +176,7 @@ dl.register(RECORD)
 
 
 if __name__ == "__main__":
-    lens = dl.wrap(RectifiedFlowSampler(MMDiT(), ["red", "blue"]))
+    lens = dl.wrap(RectifiedFlowSampler(MMDiT(), Words(["red", "blue"])))
     print(lens.describe())
     run = lens.run(prompt="red red blue red", guidance_scale=2.0, record=dl.at(site="attn", stream="text", step=0))
     print(run.activation(block=0, branch="uncond", site="attn", stream="text").shape, run.branches)
