@@ -152,8 +152,8 @@ class Bench:
 
             def tap(cell: Cell, shape: tuple[int, int, int] = shape) -> Tap:
                 def visit(tensor: Tensor) -> None:
-                    held = tensor.detach()
-                    found[cell] = Entry(cell, 0, "full", held.unflatten(1, shape) if cell.stream == "visual" else held)
+                    order = shape if cell.stream == "visual" else (1, 1, tensor.shape[1])
+                    found[cell] = Entry(cell, 0, "full", tensor.detach().unflatten(1, order))
 
                 return Tap(cell.expert, cell.block, cell.site, visit, cell.stream)
 

@@ -362,13 +362,13 @@ def test_sweep_replay_and_attribution(own: Own, tmp_path: Path) -> None:
     changes = [own.other, {name: value for name, value in own.inputs.items() if name in own.other}]
     pairs = [dl.Pair(Sample({**own.inputs, **one}), Sample({**own.inputs, **other})) for one, other in (changes, changes[::-1])]
     last = dl.Outcome("mean", lambda latents, _: latents.flatten(1).mean(dim=1), of="latents")
-    over = dl.at(block="all", step=[0, 2], branch="cond")
+    over = dl.at(block="all", step=[0, 2], branch="cond", stream=list(own.streams))
     table = dl.sweep(lens, pairs, lambda cell, pair: dl.Patch(cell, pair.donor), over, last, progress=False).table
-    assert len(table) == BLOCKS * 2 * 2
+    assert len(table) == BLOCKS * 2 * 2 * len(own.streams)
     for row in table.to_dict("records"):
         # Each number is that of a run made by hand.
         pair = pairs[row["sample"]]
-        at = dl.at(block=row["block"], step=row["step"], branch="cond")
+        at = dl.at(block=row["block"], step=row["step"], branch="cond", stream=row["stream"])
         donor = lens.run(**pair.donor.inputs, record=at)
         patched = lens.run(**pair.clean.inputs, edits=dl.Patch(at, donor))
         assert row["value"] == pytest.approx(patched.latents[-1].mean().item(), rel=1e-4, abs=1e-4)
