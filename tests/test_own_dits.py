@@ -425,7 +425,7 @@ def test_without_a_record_stacks_and_sites_are_found_and_the_loop_is_refused(own
         ours = {(s.name, t) for s, t in ((mine.stacks[0].site(*place), place[1]) for place in mine.stacks[0].offered)}
         offered = set(theirs.offered) - {("qk", stream) for stream in own.streams}
         assert offered == ours - {("qk", stream) for stream in own.streams}
-    monkeypatch.setattr(record, "_registered", [one for one in record._registered if one is not mine])
+    monkeypatch.setattr(record, "_registered", [one for one in record._registered if one.name != mine.name])
     what = (
         "has no transformer, transformer_2; describe it" if own.file == "causal_video" else "has no scheduler, so that its steps"
     )
@@ -520,6 +520,44 @@ def test_a_loop_that_is_not_as_its_record_says_is_refused(
     lens = dl.wrap(Loop(own.MMDiT(size=4, blocks=1), calls), "hooks")
     with pytest.raises(dl.InputError, match=message):
         lens.run(decode=False)
+
+
+def test_width_and_heads_are_to_be_said_where_no_configuration_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = module("mmdit")
+    for asked in ("width", "heads"):
+        stack = replace(own.RECORD.stacks[0], **{asked: 0})
+        monkeypatch.setattr(record, "_registered", [replace(own.RECORD, stacks=(stack,))])
+        with pytest.raises(dl.InputError, match=rf"a MMDiT has no configuration that says its {asked}; write dl\.Stack"):
+            dl.wrap(OWN["mmdit"].pipe()).describe()
+
+
+class Experts:
+    """Two denoisers, in chunks: noise rises again where the second chunk begins, and low noise is the second expert's."""
+
+    def __init__(self, high: nn.Module, low: nn.Module) -> None:
+        self.high, self.low = high, low
+
+    def __call__(self, generator: torch.Generator | None = None) -> Tensor:
+        for _ in range(2):
+            x = torch.randn(1, 3, 4, 4, generator=generator)
+            for expert, moment in ((self.high, 1), (self.high, 0.75), (self.low, 0.25)):
+                x = x - expert(x, WORD, time(moment)) / 4
+        return x
+
+
+def test_experts_and_chunks_are_told_by_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = module("mmdit")
+    found = replace(own.RECORD, pipelines=("Experts",), experts=("high", "low"), **ALONE)
+    monkeypatch.setattr(record, "_registered", [found])
+    lens = dl.wrap(Experts(own.MMDiT(size=4, blocks=1), own.MMDiT(size=4, blocks=2)), "hooks")
+    run = lens.run(record=dl.at(stream="all"))
+    assert run.timesteps == (1, 0.75, 0.25) * 2
+    assert run.experts == ("high", "high", "low") * 2
+    assert {(cell.step, cell.expert, cell.block) for cell in run.activations.cells} == {
+        *((step, "high", 0) for step in (0, 1, 3, 4)),
+        *((step, "low", block) for step in (2, 5) for block in (0, 1)),
+    }
+    assert "2 blocks" in str(lens.describe())
 
 
 def test_a_loop_whose_noise_no_seed_decides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
