@@ -72,8 +72,8 @@ class MMDiT(nn.Module):
         super().__init__()
         self.size = size
         self.patches = nn.Conv2d(CHANNELS, WIDTH, PATCH, stride=PATCH)
-        self.places = nn.Parameter(0.1 * torch.randn((size // PATCH) ** 2, WIDTH))
-        self.order = nn.Parameter(0.1 * torch.randn(length, WIDTH))
+        self.places = nn.Parameter(torch.randn((size // PATCH) ** 2, WIDTH))
+        self.order = nn.Parameter(torch.randn(length, WIDTH))
         self.times = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
