@@ -53,7 +53,7 @@ def test_the_code_of_a_document_runs(document: str, monkeypatch: pytest.MonkeyPa
     run_in_order(document, python_blocks((ROOT / document).read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize(("notebook", "few"), zip(NOTEBOOKS, [{"pairs": 2, "fresh": 2}, {"pairs": 4}], strict=True))
+@pytest.mark.parametrize(("notebook", "few"), list(zip(NOTEBOOKS, [{"pairs": 2, "fresh": 2}, {"pairs": 4}], strict=True)))
 def test_a_notebook_runs(notebook: str, few: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIT_LENS_QUICK", "1")
     scope = run_in_order(notebook, ["".join(cell["source"]) for cell in cells(notebook)])
