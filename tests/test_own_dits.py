@@ -21,6 +21,7 @@ from dit_lens.architectures import record
 from dit_lens.architectures.discovery import Undecided
 from dit_lens.architectures.finding import find_in
 from dit_lens.conformance import Conformance
+from dit_lens.loops import taken_by
 
 FOLDER = Path(__file__).parent.parent / "docs" / "own"
 LINES = 40
@@ -558,6 +559,32 @@ def test_experts_and_chunks_are_told_by_the_calls(monkeypatch: pytest.MonkeyPatc
         *((step, "low", block) for step in (2, 5) for block in (0, 1)),
     }
     assert "2 blocks" in str(lens.describe())
+
+
+@pytest.mark.parametrize(
+    ("levels", "found"),
+    [
+        (torch.tensor(0.5), (0.5,)),
+        (torch.tensor([0.5, 0.5]), (0.5,)),
+        (torch.tensor([[0.5, 0.5, 0.5]] * 2), (0.5,)),
+        (torch.tensor([[0.0, 0.5, 1.0]] * 2), (0.0, 0.5, 1.0)),
+        (torch.tensor([0.0, 0.5, 1.0]).repeat_interleave(4).expand(2, -1), (0.0, 0.5, 1.0)),
+        (torch.zeros(2, 5), r"the timestep has shape \(2, 5\), and there are 3 frames of 12 tokens"),
+        (torch.arange(12.0).expand(2, -1), "the tokens of a frame have different timesteps"),
+        (torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]]), r"the rows of a call have the timesteps \[0.0, 1.0\]"),
+    ],
+)
+def test_timesteps_are_of_all_of_rows_of_frames_or_of_tokens(levels: Tensor, found: Any) -> None:
+    own = module("causal_video")
+    given = (torch.zeros(2, 3, 3, 4, 4), torch.zeros(2), levels)
+    highest = replace(own.RECORD, loop=replace(own.RECORD.loop, of_frames=max))
+    if isinstance(found, str):
+        with pytest.raises(dl.InputError, match=found):
+            taken_by(highest, "model", own.CausalVideoDiT(frames=3, size=4, blocks=1), given, {})
+        return
+    taken = taken_by(highest, "model", own.CausalVideoDiT(frames=3, size=4, blocks=1), given, {})
+    assert taken.timesteps == found
+    assert taken.at(highest.loop) == max(found)
 
 
 def test_a_loop_whose_noise_no_seed_decides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
