@@ -135,7 +135,11 @@ class Bench:
         assert isinstance(run, Run)
         if outcome.of == "latents":
             return run.latents[-1]
-        assert run.video is not None  # it was decoded, as an outcome asks for it
+        if run.video is None:  # it was to be decoded, as an outcome asks for it
+            raise InputError(
+                f"outcome {outcome.name!r} is of the video, and a {type(self.lens.pipe).__name__} shows none; write of='latents',"
+                " 'x0_hat' or 'velocity'"
+            )
         return run.video
 
     def observed(self, run: Run, cells: Sequence[Cell]) -> Activations:
@@ -148,8 +152,8 @@ class Bench:
 
             def tap(cell: Cell, shape: tuple[int, int, int] = shape) -> Tap:
                 def visit(tensor: Tensor) -> None:
-                    held = tensor.detach()
-                    found[cell] = Entry(cell, 0, "full", held.unflatten(1, shape) if cell.stream == "visual" else held)
+                    order = shape if cell.stream == "visual" else (1, 1, tensor.shape[1])
+                    found[cell] = Entry(cell, 0, "full", tensor.detach().unflatten(1, order))
 
                 return Tap(cell.expert, cell.block, cell.site, visit, cell.stream)
 
@@ -248,6 +252,8 @@ def cost_of(bench: Bench, edits: int, rows: int, batch: int) -> Cost:
     lens, grid, runs = bench.lens, bench.grid, bench.runs
     extent, architecture = grid.extent, lens.architecture
     blocks = [extent.blocks[expert] for expert in extent.forecast.experts]
+    denoiser = next(iter(architecture.denoisers(lens.pipe).values()))
+    dtype = getattr(lens.pipe, "dtype", next(denoiser.parameters()).dtype)
     branches = len(extent.forecast.branches)
     whole = branches * sum(blocks)
     late = any(outcome.of not in SAME_STEP for outcome in bench.outcomes)
@@ -264,9 +270,9 @@ def cost_of(bench: Bench, edits: int, rows: int, batch: int) -> Cost:
         shortest += sum(blocks[step] for step, _ in dict.fromkeys(place for place, _ in resumed))
         cells = {cell for point in points for cell in point.cells}
         sites = [extent.site(cell) for cell in cells]
-        held = sum(site.side_by_side * (4 if site.in_float32 else lens.pipe.dtype.itemsize) for site in sites)
-        most = max(most, held + len(resumed) * len(architecture.streams) * lens.pipe.dtype.itemsize)
-    width = architecture.width(next(iter(architecture.denoisers(lens.pipe).values())))
+        held = sum(site.side_by_side * (4 if site.in_float32 else dtype.itemsize) for site in sites)
+        most = max(most, held + len(resumed) * len(architecture.streams) * dtype.itemsize)
+    width = architecture.width(denoiser)
     activations = most * batch * runs.clean.layout.tokens * width
     every = [call for run in (runs.clean, runs.donor) for call in run.calls.values()]
     taken = {

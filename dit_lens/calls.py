@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dit_lens.errors import InputError
+from dit_lens.noise import Weights
 
 LATENTS = "hidden_states"
 """The parameter of a denoiser's `forward` that takes the latents, in nearly all of diffusers."""
@@ -30,7 +31,8 @@ class DenoiserCall:
         args, kwargs: its arguments. Tensors are the pipeline's own, detached and not copied: the two branches of a step
             share their latents, and all steps the text.
         latents: what the scheduler received at this step, on the CPU (the denoiser may take more, or another dtype).
-        weights: (a, b) of x0-hat = a * latents + b * output, or None where there is no x0-hat.
+        weights: (a, b) of x0-hat = a * latents + b * output, each for all frames or one for every frame; None where there is
+            no x0-hat.
         levels: the timesteps and the sigmas of all steps of the run that made the call.
         versions: how often each tensor among the arguments had been written to when the call was made.
         shared: the branches whose rows the call holds, one after the other: `branch` alone, or those of batched guidance.
@@ -45,7 +47,7 @@ class DenoiserCall:
     args: tuple[Any, ...] = field(repr=False)
     kwargs: Mapping[str, Any] = field(repr=False)
     latents: Float[Tensor, "batch ..."] = field(repr=False)
-    weights: tuple[float, float] | None = field(repr=False)
+    weights: Weights | None = field(repr=False)
     levels: tuple[tuple[float, ...], tuple[float, ...]] = field(repr=False)
     versions: tuple[int, ...] = field(repr=False)
     shared: tuple[str, ...] = ()
@@ -147,11 +149,32 @@ def held_frames(sample: Tensor, taken: Tensor) -> tuple[int, ...]:
     return tuple(frame for frame, one in enumerate(same) if not one) if any(same) else ()
 
 
-def returned(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sample: Tensor) -> Any:
-    """A tensor in the form in which the denoiser returns its output for these arguments."""
+def returned(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sample: Tensor, like: Any = None) -> Any:
+    """A tensor in the form in which the denoiser returns its output for these arguments.
+
+    Args:
+        like: what it returned once, where it is not diffusers'. A variance beside the mean is not stored: it is not a number.
+
+    Raises:
+        InputError: what it returned is no tensor and no tuple of them.
+    """
+    if like is not None:
+        return _like(like, sample)
     bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
     if not kwargs.get("return_dict", bound.get("return_dict", True)):
         return (sample,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     return Transformer2DModelOutput(sample=sample)
+
+
+def _like(like: Any, sample: Tensor) -> Any:
+    """The sample in the form of another output."""
+    if isinstance(like, tuple | list) and like and isinstance(like[0], Tensor):
+        return type(like)([_like(like[0], sample), *like[1:]])
+    if not isinstance(like, Tensor):
+        raise InputError(f"a denoiser that returns a {type(like).__name__} cannot be answered for; let it return a tensor")
+    missing = like.shape[1] - sample.shape[1]
+    return (
+        torch.cat([sample, sample.new_full((len(sample), missing, *sample.shape[2:]), torch.nan)], dim=1) if missing else sample
+    )

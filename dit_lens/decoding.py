@@ -21,9 +21,13 @@ def decode(
     """Latents of (..., channels, frames, height, width) as video in [0, 1]; as `Lens.decode`.
 
     Raises:
-        InputError: the pipeline's latents are scaled otherwise than by a mean and a deviation of each channel.
+        InputError: the pipeline has no VAE, or its latents are scaled otherwise than by a mean and a deviation of each channel.
     """
     vae: Any = getattr(pipe, "vae", None)
+    if vae is None:
+        raise InputError(
+            f"a {type(pipe).__name__} has no vae to decode with; look at the latents themselves, as of run.x0_hat(...)"
+        )
     statistics = [getattr(vae, "config", {}).get(name) for name in ("latents_mean", "latents_std")]
     known = all(statistics) and getattr(vae, "config", {}).get("scaling_factor") in (None, 1) and hasattr(pipe, "video_processor")
     if not known or latents.ndim < 4:

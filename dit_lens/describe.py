@@ -33,7 +33,7 @@ def describe(name: str, pipe: Any, architecture: Architecture) -> Description:
                 f" {millions:.3g} M parameters in {str(next(denoiser.parameters()).dtype).removeprefix('torch.')}",
             )
         )
-    boundary = pipe.config.get("boundary_ratio") if len(architecture.denoisers(pipe)) > 1 else None
+    boundary = getattr(pipe, "config", {}).get("boundary_ratio") if len(architecture.denoisers(pipe)) > 1 else None
     if boundary is not None:
         threshold = boundary * pipe.scheduler.config.num_train_timesteps
         rows.append(("switch", f"transformer_2 below timestep {threshold:g}"))

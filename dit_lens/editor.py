@@ -321,19 +321,28 @@ class Editor:
                 return None
             for index, _ in found:
                 self.fired[index] += 1
-            return masked_attention(query, key, value, self._allowed(found, place[2], key))
+            return masked_attention(query, key, value, self._allowed(found, place, key))
 
         return attend
 
-    def _allowed(self, cuts: Sequence[tuple[int, KnockoutAttention]], site: str, key: Tensor) -> Tensor:
-        """The pairs that all of the knockouts allow, on the device of the keys."""
+    def _allowed(self, cuts: Sequence[tuple[int, KnockoutAttention]], place: tuple[str, int, str], key: Tensor) -> Tensor:
+        """The pairs that all of the knockouts allow, on the device of the keys; in joint attention, those of visual tokens."""
         clock = self._clock
         assert clock is not None
         assert clock.layout is not None
-        name = (site, key.shape[1], key.device, *(index for index, _ in cuts))
+        expert, block, site = place
+        stack, count = self._extent.stack(expert, block), key.shape[1]
+        within = next((one.within for one in stack.sites if (site, one.name) == ("attn", "q") and one.within), ())
+        name = (site, within, count, key.device, *(index for index, _ in cuts))
         if name not in self._masks:
-            masks = [edit.allowed(clock.layout, key.shape[1], site) for _, edit in cuts]
-            self._masks[name] = torch.stack(masks).all(dim=0).to(key.device)
+            keys = clock.layout.tokens if within else count
+            allowed = torch.stack([edit.allowed(clock.layout, keys, site) for _, edit in cuts]).all(dim=0)
+            if within:
+                places = stack.apart(torch.arange(count)[None], within, keys)["visual"][0]
+                joint = torch.ones(count, count, dtype=torch.bool)
+                joint[places[:, None], places] = allowed
+                allowed = joint
+            self._masks[name] = allowed.to(key.device)
         return self._masks[name]
 
     def _rewrite(self, step: int, latents: Tensor) -> Tensor | None:

@@ -29,7 +29,7 @@ class KnockoutAttention(Edit):
     """Keep the tokens of `queries` from attending to those of `keys`.
 
     A query that is left without any key gets exactly zero from the attention, before its output projection. Several
-    knockouts at one cell cut all that any of them cuts.
+    knockouts at one cell cut all that any of them cuts. In joint attention the text's tokens hear and are heard as before.
 
     Attributes:
         at: blocks, steps and branches, with site `attn` or `cross_attn`; without head, frames and tokens.

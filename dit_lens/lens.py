@@ -40,8 +40,8 @@ from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.loops import LoopClock, guidance_scale, loop_guidance, watch_loop
 from dit_lens.pictures import shown
 from dit_lens.record import Record, Recorder, as_records
-from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
-from dit_lens.rows import by_branch
+from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, starts, with_leaves
+from dit_lens.rows import by_branch, of_branch
 from dit_lens.run import Run
 from dit_lens.schedule import Clock, Forecast, StepClock, forecast, forecast_with
 from dit_lens.selection import Extent, Selector
@@ -296,7 +296,7 @@ class Lens:
             call: one of `Run.calls`, of a run of this lens.
             record, edits: as for `run`; what belongs to other calls is not looked for. Edits of latents are for `run`.
             taps, bypasses, attentions: what an engine does on the way. The visitors of taps get the tensors themselves,
-                with gradients those of the graph.
+                with gradients those of the graph, of the rows of the call's branch.
             resume: where to start, and from which stored streams, instead of at the first block.
             gradients: whether to keep the graph, from the latents (or the streams of `resume`) to the velocity. Weights
                 have no part in it.
@@ -318,10 +318,9 @@ class Lens:
         if gradients:
             call, resume = with_leaves(call, resume)
         with self._alone(progress=False), differentiable(denoiser) if gradients else torch.no_grad():
-            start = {} if resume is None else {(call.step, call.branch): resume}
-            stored = Answers(start, foreseen, self.pipe, self.architecture)
+            stored = Answers(starts(call, resume), foreseen, self.pipe, self.architecture)
             clock = clock_of(call, self.pipe, self.architecture)
-            extent = self._extent(foreseen)
+            extent = self._extent(foreseen if resume is None else replace(foreseen, branches=(call.branch,)))
             recorder = Recorder(records, extent, self._width, limit_bytes) if records else None
             editor = self._editor(changes, extent, call.seeds, call.prompts, recorder)
             stored.check_reach([*editor.cells, *(recorder.cells if recorder else ())])
@@ -331,7 +330,7 @@ class Lens:
             output = self._tapped(
                 lambda: denoiser(*call.args, **call.kwargs),
                 clock,
-                [*taps, *editor.taps, *(recorder.taps if recorder else ())],
+                [*of_branch(clock, call.branch, taps), *editor.taps, *(recorder.taps if recorder else ())],
                 [*stored.bypasses(clock), *bypasses, *editor.bypasses],
                 [*attentions, *editor.attentions],
             )
@@ -471,9 +470,7 @@ class Lens:
         """The clock of a run."""
         if self.architecture.loop is not None:
             named["guidance"] = loop_guidance(foreseen)
-            clock = LoopClock(self.pipe, self.architecture, guidance_scale(self.pipe, inputs), **named)
-            clock.follow(foreseen)
-            return clock
+            return LoopClock(self.pipe, self.architecture, guidance_scale(self.pipe, inputs), foreseen, **named)
         guidance = self.architecture.guidance or loop_guidance(foreseen)
         return StepClock(self.pipe, self.architecture, guidance=guidance, **named)
 

@@ -157,6 +157,12 @@ def forget_history(scheduler: Any) -> None:
             scheduler.last_sample = None
 
 
+Factor = float | tuple[float, ...]
+"""A factor of latents, or one for each of their frames."""
+Weights = tuple[Factor, Factor]
+"""(a, b) of x0-hat = a * sample + b * output."""
+
+
 def x0_weights(state: NoiseState) -> tuple[float, float] | None:
     """The (a, b) of x0-hat = a * sample + b * output; None where the output says nothing about x0 (no signal left)."""
     if state.prediction in ("sample", "original_sample"):
@@ -198,11 +204,17 @@ def x0_hat(
     return weighted(weights, sample, output)
 
 
-def weighted(weights: tuple[float, float], sample: Tensor, output: Tensor, held: Sequence[int] = ()) -> Tensor:
-    """a * sample + b * output, in float32 or better; in the frames that are held, the sample, which is clean there."""
+def weighted(weights: Weights, sample: Tensor, output: Tensor, held: Sequence[int] = ()) -> Tensor:
+    """a * sample + b * output, in float32 or better; in the frames that are held, the sample, which is clean there.
+
+    With a factor for each frame, latents are (..., frames, height, width).
+    """
     at_least = torch.promote_types(torch.promote_types(sample.dtype, output.dtype), torch.float32)
-    found = weights[0] * sample.to(at_least) + weights[1] * output.to(at_least)
-    return with_frames(found, sample, held)
+    a, b = (
+        torch.tensor(factor, dtype=at_least, device=sample.device)[:, None, None] if isinstance(factor, tuple) else factor
+        for factor in weights
+    )
+    return with_frames(a * sample.to(at_least) + b * output.to(at_least), sample, held)
 
 
 def with_frames(latents: Tensor, given: Tensor, frames: Sequence[int]) -> Tensor:
@@ -213,6 +225,9 @@ def with_frames(latents: Tensor, given: Tensor, frames: Sequence[int]) -> Tensor
     return latents.index_copy(2, where, given.to(latents).index_select(2, where))
 
 
-def signed(weights: tuple[float, float] | None, sign: int) -> tuple[float, float] | None:
+def signed(weights: Weights | None, sign: int) -> Weights | None:
     """The weights of x0-hat for an output that the pipeline multiplies by a sign before the scheduler receives it."""
-    return None if weights is None else (weights[0], sign * weights[1])
+    if weights is None or sign == 1:
+        return weights
+    a, b = weights
+    return (a, tuple(sign * one for one in b) if isinstance(b, tuple) else sign * b)

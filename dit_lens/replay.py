@@ -142,6 +142,11 @@ def forecast_of(call: DenoiserCall) -> Forecast:
     return Forecast(timesteps, sigmas, tuple(experts), shared, batched=len(shared) > 1)
 
 
+def starts(call: DenoiserCall, resume: Resume | None) -> dict[tuple[int, str], Tensor | Resume]:
+    """Where a call begins, for `Answers`; a branch that shares it begins with the same streams, and nobody looks at its rows."""
+    return {} if resume is None else {(call.step, branch): resume for branch in call.shared or (call.branch,)}
+
+
 def clock_of(call: DenoiserCall, pipe: Any, architecture: Architecture) -> ReplayClock:
     """The clock that tells visitors which call it is."""
     shared = call.shared or (call.branch,)
@@ -209,7 +214,7 @@ class Answers:
         self._resumes = {place: answer for place, answer in answers.items() if isinstance(answer, Resume)}
         self._denoisers = architecture.denoisers(pipe)
         self._architecture = architecture
-        self._experts = forecast.experts
+        self._experts, self._returns = forecast.experts, forecast.returns
         self._asked: set[tuple[int, str]] = set()
         steps = len(forecast.timesteps)
         for place in answers:
@@ -295,7 +300,9 @@ class Answers:
                     f"the stored output for step {place[0]}, {place[1]!r}, has shape {tuple(stored.shape)}, and the denoiser"
                     f" takes latents of shape {tuple(latents.shape)}; batch, frames, height and width must agree"
                 )
-            return returned(denoiser, args, kwargs, with_variance(denoiser, stored).to(latents))
+            like = self._returns.get(clock.expert)
+            whole = with_variance(denoiser, stored) if like is None else stored
+            return returned(denoiser, args, kwargs, whole.to(latents), like)
 
         return answering
 

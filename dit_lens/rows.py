@@ -29,6 +29,15 @@ def by_branch(
     )
 
 
+def of_branch(clock: Clock, branch: str, taps: Sequence[Tap]) -> list[Tap]:
+    """The same taps, shown the rows of one branch only."""
+
+    def only(visit: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        return lambda tensor: visit(tensor) if clock.branch == branch else None
+
+    return [replace(tap, visit=only(tap.visit)) for tap in taps]
+
+
 def _visit(clock: Clock, visit: Callable[[Tensor], Tensor | None], tensor: Tensor) -> Tensor | None:
     if len(clock.shared) == 1:
         return visit(tensor)

@@ -25,7 +25,7 @@ from dit_lens.activations import Activations, Entry
 from dit_lens.architectures import Layout
 from dit_lens.calls import DenoiserCall
 from dit_lens.errors import InputError, listed
-from dit_lens.noise import signed, weighted
+from dit_lens.noise import Weights, signed, weighted
 from dit_lens.selection import Cell
 
 FORMAT = 1
@@ -44,7 +44,8 @@ class Run:
         branches: the guidance branches that ran; `guided` is what the scheduler received.
         latents: what the scheduler received at each step, then what it made last.
         outputs: the denoiser's output by branch, and `guided`; step for step.
-        weights: (a, b) of x0-hat = a * latents + b * output for each step, or None where there is no x0-hat.
+        weights: (a, b) of x0-hat = a * latents + b * output for each step, each for all frames or one for every frame; None
+            where there is no x0-hat.
         video: values in [0, 1] (its frames and pixels are not those of the latents), or None when it was not decoded.
         activations: what was recorded.
         fired: how often each edit was applied, by its place in `edits=`.
@@ -65,7 +66,7 @@ class Run:
     branches: tuple[str, ...]
     latents: Float[Tensor, "steps+1 batch ..."]
     outputs: Mapping[str, Float[Tensor, "steps batch ..."]] = field(repr=False)
-    weights: tuple[tuple[float, float] | None, ...] = field(repr=False)
+    weights: tuple[Weights | None, ...] = field(repr=False)
     video: Float[Tensor, "batch video_frames video_height video_width 3"] | None = None
     activations: Activations = field(default_factory=Activations)
     fired: Mapping[int, int] = field(default_factory=dict)
@@ -245,7 +246,7 @@ class Run:
             for index, label in enumerate(labels["activations"])
         ]
         outputs = {name: tensors[f"outputs.{name}"] for name in ("guided", *labels["branches"])}
-        weights = tuple(None if pair is None else tuple(pair) for pair in labels["weights"])
+        weights = tuple(None if pair is None else tuple(map(_tuple, pair)) for pair in labels["weights"])
         return Run(
             **{name: _tuple(labels[name]) for name in _LABELS if name in labels and name != "weights"},
             weights=weights,

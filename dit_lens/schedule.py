@@ -13,9 +13,9 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dit_lens.architectures import Architecture, Guidance, Layout
 from dit_lens.calls import DenoiserCall, detached, held_frames, in_form_of, sample_of, versions
 from dit_lens.errors import InputError, listed
-from dit_lens.noise import forget_history, noise_state, signed, with_frames, x0_weights
+from dit_lens.noise import Weights, forget_history, noise_state, signed, with_frames, x0_weights
 from dit_lens.taps import Result, replaced_attribute, to_host
 
 
@@ -32,7 +32,8 @@ from dit_lens.taps import Result, replaced_attribute, to_host
 class Forecast:
     """What a run will do, known before it starts: timestep, sigma and expert of every step, and the branches.
 
-    `batched` says whether one call of the denoiser holds the rows of all branches.
+    `batched` says whether one call of the denoiser holds the rows of all branches. `returns` has what each expert returned when
+    it was watched, where nothing else says in which form it does.
     """
 
     timesteps: tuple[float, ...]
@@ -40,6 +41,7 @@ class Forecast:
     experts: tuple[str, ...]
     branches: tuple[str, ...]
     batched: bool = False
+    returns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def forecast(pipe: Any, architecture: Architecture, num_inference_steps: int, guidance_scale: float) -> Forecast:
@@ -162,7 +164,7 @@ class StepClock:
         self.timesteps: list[float] = []
         self.sigmas: list[float] = []
         self.experts: list[str] = []
-        self.weights: list[tuple[float, float] | None] = []
+        self.weights: list[Weights | None] = []
         self.samples: list[Tensor] = []
         self.outputs: dict[tuple[int, str], Tensor] = {}
         self.calls: dict[tuple[int, str], DenoiserCall] = {}
@@ -236,13 +238,16 @@ class StepClock:
             if self._begin is not None:
                 self._begin(self)
         if self._keep_calls:
-            named = {name: detached(value) for name, value in kwargs.items()}
-            written = versions(args, kwargs)
+            given, named = tuple(map(self._kept, args)), {name: self._kept(value) for name, value in kwargs.items()}
             for branch in self.shared:
                 self._pending[branch] = {
-                    "args": tuple(map(detached, args)), "kwargs": named, "versions": written,
+                    "args": given, "kwargs": named, "versions": versions(given, named),
                     "shared": self.shared, "parameter": self._architecture.latents,
                 }  # fmt: skip
+
+    def _kept(self, argument: Any) -> Any:
+        """An argument of a call that is kept."""
+        return detached(argument)
 
     def _called(self) -> tuple[str, ...]:
         """The branches of a call: the name that the pipeline gave it, or else the place of the call in its step."""

@@ -95,6 +95,9 @@ class Bench:
             return {branch: self.mixed(velocity, merge.to) for branch, velocity in own.items()}
         # x0-hat = a x + b v; each row goes on from its own x, with the v that implies the mean x0-hat.
         a, b = self.clean.weights[0] or (0.0, 0.0)
+        # All frames have one noise level here.
+        assert not isinstance(a, tuple)
+        assert not isinstance(b, tuple)
         latents = self.clean.latents[0]
         return {branch: (self.mixed(a * latents + b * v, merge.to) - a * latents) / b for branch, v in own.items()}
 

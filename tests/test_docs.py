@@ -1,21 +1,23 @@
-"""What the documents show is run: the code of the README and of docs/, and the cells of the notebook."""
+"""What the documents show is run: the code of the README and of docs/, and the cells of the notebooks."""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pytest
 
+from dit_lens.architectures import record
 from dit_lens.plants import TABLE, TOOLS
 from dit_lens.reasoner.settings import CALL
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "docs" / "where_is_the_answer_decided.ipynb"
-MARKDOWN = ("README.md", "docs/interventions.md", "docs/real-pipelines.md")
+NOTEBOOKS = ("docs/where_is_the_answer_decided.ipynb", "docs/probe_a_new_architecture.ipynb")
+MARKDOWN = ("README.md", "docs/interventions.md", "docs/real-pipelines.md", "docs/probe_a_new_architecture.md")
 
 
 def python_blocks(text: str) -> list[str]:
@@ -23,9 +25,10 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def cells(kind: str) -> list[dict[str, Any]]:
-    """The cells of the notebook of one kind."""
-    return [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+def cells(notebook: str) -> list[dict[str, Any]]:
+    """The code cells of a notebook."""
+    every = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in every if cell["cell_type"] == "code"]
 
 
 def run_in_order(name: str, blocks: list[str]) -> dict[str, Any]:
@@ -50,24 +53,26 @@ def test_the_code_of_a_document_runs(document: str, monkeypatch: pytest.MonkeyPa
     run_in_order(document, python_blocks((ROOT / document).read_text(encoding="utf-8")))
 
 
-def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("notebook", "few"), list(zip(NOTEBOOKS, [{"pairs": 2, "fresh": 2}, {"pairs": 4}], strict=True)))
+def test_a_notebook_runs(notebook: str, few: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIT_LENS_QUICK", "1")
-    scope = run_in_order(NOTEBOOK.name, ["".join(cell["source"]) for cell in cells("code")])
-    assert len(scope["pairs"]) == len(scope["fresh"]) == 2
+    scope = run_in_order(notebook, ["".join(cell["source"]) for cell in cells(notebook)])
+    assert {name: len(scope[name]) for name in few} == few
 
 
-def test_the_notebook_was_run_in_order_and_is_small() -> None:
-    code = cells("code")
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_notebook_was_run_in_order_and_is_small(notebook: str) -> None:
+    code = cells(notebook)
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 4
     assert all(len(picture) < 200_000 for picture in pictures)  # base64: 150 kB of picture
-    assert NOTEBOOK.stat().st_size < 600_000
+    assert (ROOT / notebook).stat().st_size < 600_000
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
 
 
-@pytest.mark.parametrize("document", [*MARKDOWN, "docs/pipelines.md", "CHANGELOG.md", NOTEBOOK.relative_to(ROOT).as_posix()])
+@pytest.mark.parametrize("document", [*MARKDOWN, "docs/pipelines.md", "CHANGELOG.md", *NOTEBOOKS])
 def test_links_within_the_repository_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
@@ -81,3 +86,10 @@ def test_the_table_of_tools_is_that_of_the_planted_models() -> None:
         verdicts = " | ".join(TABLE[kind][tool].verdict for kind in TABLE)
         assert f"| `{tool}` | {verdicts} |" in lines
     assert f"| tool | {' | '.join(f'`{kind}`' for kind in TABLE)} |" in lines
+
+
+def test_the_example_files_run_by_themselves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "_registered", [*record._registered])
+    for path in sorted((ROOT / "docs" / "own").glob("*.py")):
+        runpy.run_path(str(path), run_name="__main__")
+        assert "a loop of its own" in capsys.readouterr().out

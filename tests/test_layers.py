@@ -30,7 +30,8 @@ dit_lens.architectures.record dit_lens.architectures.discovery dit_lens.architec
 dit_lens.architectures.anatomy dit_lens.architectures.guidance
 dit_lens.architectures dit_lens.architectures.finding
 dit_lens.taps dit_lens.visual_tokens
-dit_lens.noise dit_lens.calls
+dit_lens.noise
+dit_lens.calls
 dit_lens.schedule
 dit_lens.selection dit_lens.rows dit_lens.pictures dit_lens.loops
 dit_lens.activations dit_lens.reducers dit_lens.grid

@@ -27,6 +27,11 @@ def find(pipe: Any, inputs: Mapping[str, Any]) -> Architecture:
     denoisers = {expert: getattr(pipe, expert) for expert in EXPERTS if isinstance(getattr(pipe, expert, None), nn.Module)}
     if not denoisers:
         raise Undecided(f"a {name} has no {listed(EXPERTS)}; describe it with dl.register(Architecture(...))")
+    if not hasattr(pipe, "scheduler"):
+        raise Undecided(
+            f"a {name} has no scheduler, so that its steps and branches cannot be watched; describe them with"
+            " dl.register(Architecture(..., guidance=dl.Guidance(...), loop=dl.Loop(...)))"
+        )
     classes = {type(module).__name__ for module in denoisers.values()}
     if len(classes) > 1:
         raise Undecided(

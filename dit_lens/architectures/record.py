@@ -52,12 +52,15 @@ class Loop:
     """A sampling loop without a scheduler of diffusers', of which nothing is known but what its denoiser is given.
 
     Attributes:
-        timestep: the parameter of the denoiser's `forward` that has the timestep.
+        timestep: the parameter of the denoiser's `forward` that has the timestep: one for all, one for every row, or (rows,
+            frames) or (rows, tokens), where frames have timesteps of their own.
         noise: from a timestep to the `dit_lens.NoiseState` there: how sample and noise mix, and what the output is.
+        of_frames: from the timesteps of the frames of a call to the one that its step is known by.
     """
 
     timestep: str
     noise: Callable[[float], Any]
+    of_frames: Callable[[Sequence[float]], float] = max
 
 
 @dataclass(frozen=True)
@@ -142,14 +145,18 @@ class Architecture:
 
     def width(self, denoiser: nn.Module, stack: Stack | None = None) -> int:
         """Number of channels of a visual token."""
-        config: Any = getattr(denoiser, "config", None)
-        return (stack or self.stacks[0]).width or config.num_attention_heads * config.attention_head_dim
+        known = (stack or self.stacks[0]).width
+        if known:
+            return known
+        config = _configuration(denoiser, "width")
+        return config.num_attention_heads * config.attention_head_dim
 
     def heads(self, denoiser: nn.Module, stack: Stack | None = None) -> int:
         """Number of attention heads; none where no site has rows per head."""
         stack = stack or self.stacks[0]
-        config: Any = getattr(denoiser, "config", None)
-        return (stack.heads or config.num_attention_heads) if any(site.per_head for site in stack.sites) else 0
+        if not any(site.per_head for site in stack.sites):
+            return 0
+        return stack.heads or _configuration(denoiser, "heads").num_attention_heads
 
     def attention_calls(self, module: nn.Module) -> int:
         """How many calls of scaled dot-product attention a module makes; the last one is its own."""
@@ -169,6 +176,20 @@ class Architecture:
         if guidance.kind == "none":
             return guidance
         return guidance if guidance_scale > self.guided_above else Guidance("none", guidance.branches[:1])
+
+
+def _configuration(denoiser: nn.Module, asked: str) -> Any:
+    """The denoiser's configuration, as diffusers has it.
+
+    Raises:
+        InputError: it says nothing of attention heads.
+    """
+    config = getattr(denoiser, "config", None)
+    if not hasattr(config, "num_attention_heads") or not hasattr(config, "attention_head_dim"):
+        raise InputError(
+            f"a {type(denoiser).__name__} has no configuration that says its {asked}; write dl.Stack(..., {asked}=...)"
+        )
+    return config
 
 
 WAN = Architecture(
