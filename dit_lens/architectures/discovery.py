@@ -90,7 +90,7 @@ class _Discovery:
         """What `discover` found."""
         for path in self.lists:
             members = [call for call in self.calls if call.path == path]
-            if not any(part in path for part in ASIDE) and not _adapts(path, members, self.calls):
+            if not any(part in path for part in ASIDE) and not adapts(path, members, self.calls):
                 self._list(path, members)
         if not self.stacks:
             raise Undecided(f"no list of the {self.name} carries tokens that change with its latents; describe it with a record")
@@ -123,7 +123,7 @@ class _Discovery:
         if VISUAL not in flat:
             self.beside += [self._spoken(piece) for piece in pieces]
             return
-        rows = len(self.arguments[_latents(self.denoiser, self.arguments)])
+        rows = len(self.arguments[latents_of(self.denoiser, self.arguments)])
         if any(len(members[0].given[parameter]) != rows for parameter in carried):
             raise Undecided(
                 f"blocks of {path} of the {self.name} have {len(members[0].given[next(iter(carried))])} rows for {rows} samples:"
@@ -145,10 +145,10 @@ class _Discovery:
         if piece.streams != (EXTRA,):
             return piece
         number = [call for call in self.calls if call.path == piece.call.path].index(piece.call)
-        for name in _spoken_arguments(self.denoiser, self.arguments):
-            after = watched(self.denoiser, {**self.arguments, name: _other(self.arguments[name])})
+        for name in spoken_arguments(self.denoiser, self.arguments):
+            after = watched(self.denoiser, {**self.arguments, name: other_than(self.arguments[name])})
             there = [call for call in after if call.path == piece.call.path]
-            if len(there) > number and not _same(there[number].returned[piece.place], piece.tensor):
+            if len(there) > number and not same_bits(there[number].returned[piece.place], piece.tensor):
                 return replace(piece, regions=((TEXT, piece.regions[0][1]),))
         return piece
 
@@ -158,7 +158,7 @@ class _Discovery:
         for count in range(1, len(pieces) + 1):
             for some in permutations(pieces, count):
                 tensors = [piece.tensor for piece in some]
-                if _fit(tensors) and _same(torch.cat(tensors, dim=1), given):
+                if _fit(tensors) and same_bits(torch.cat(tensors, dim=1), given):
                     return _runs([part for piece in some for part in piece.regions], self._who(call, parameter))
         marked = _Marked(self.denoiser, self.arguments, call)
         if not self.before:
@@ -204,7 +204,7 @@ class Piece:
         return self.call.returned[self.place]
 
 
-def _adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
+def adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
     """Whether a list's modules run between the blocks of another list, and what they return is added to what those carry."""
     positions = [place for place, call in enumerate(calls) if call.path == path]
     if positions[-1] - positions[0] + 1 == len(positions):
@@ -213,11 +213,11 @@ def _adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
     own = [tensor for call in members[:-1] for tensor in call.returned if is_stream(tensor)]
     others = [call for call in calls[positions[0] : positions[-1]] if call.path != path]
     theirs = [tensor for call in others for tensor in call.returned if is_stream(tensor)]
-    own_taken, theirs_taken = (any(_same(one, other) for one in some for other in later) for some in (own, theirs))
+    own_taken, theirs_taken = (any(same_bits(one, other) for one in some for other in later) for some in (own, theirs))
     return theirs_taken and not own_taken
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
@@ -352,13 +352,13 @@ class _Marked:
 
     def __init__(self, denoiser: nn.Module, arguments: Mapping[str, Any], first: Call) -> None:
         self.denoiser, self.arguments, self.first = denoiser, dict(arguments), first
-        self.latents = _latents(denoiser, arguments)
+        self.latents = latents_of(denoiser, arguments)
         self.moved: dict[str, dict[str, Tensor]] = {}
         others = {name: value for name, value in self.arguments.items() if name != self.latents and is_movable(value, name)}
-        spoken = _spoken_arguments(denoiser, arguments)
+        spoken = spoken_arguments(denoiser, arguments)
         for name, value in ((self.latents, self.arguments[self.latents]), *others.items()):
             stream = VISUAL if name == self.latents else AUDIO if "audio" in name else TEXT if name in spoken else EXTRA
-            for parameter, changed in self.changes({name: _other(value)}).items():
+            for parameter, changed in self.changes({name: other_than(value)}).items():
                 known = self.moved.setdefault(stream, {})
                 known[parameter] = known[parameter] | changed if parameter in known else changed
 
@@ -444,7 +444,7 @@ class _Marked:
         return Patches(axes, tuple(sizes))
 
 
-def _latents(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str:
+def latents_of(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str:
     """The first parameter of a denoiser that can take latents."""
     names = inspect.signature(type(denoiser).forward).parameters
     found = next((name for name in names if is_movable(arguments.get(name))), "")
@@ -453,9 +453,9 @@ def _latents(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str:
     return found
 
 
-def _spoken_arguments(denoiser: nn.Module, arguments: Mapping[str, Any]) -> list[str]:
+def spoken_arguments(denoiser: nn.Module, arguments: Mapping[str, Any]) -> list[str]:
     """The arguments that are a text: those that are called so, or all but the latents where none is."""
-    latents = _latents(denoiser, arguments)
+    latents = latents_of(denoiser, arguments)
     others = [name for name, value in arguments.items() if name != latents and is_movable(value, name)]
     return [name for name in others if any(word in name for word in WORDS)] or others
 
@@ -472,10 +472,10 @@ def is_movable(value: Any, name: str = "") -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
 
 
-def _other(value: Any) -> Any:
+def other_than(value: Any) -> Any:
     """Another value of the same shape, different everywhere; of whole numbers, the same ones elsewhere."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_other(one) for one in value)
+        return type(value)(other_than(one) for one in value)
     if not value.is_floating_point():
         return value.roll(1, dims=-1)
     noise: Tensor = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)

@@ -1,0 +1,179 @@
+"""Conformance of modules: whether blocks and what is in them are what a record says, by plain torch hooks on the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dit_lens.architectures.discovery import ASIDE, adapts, latents_of, other_than
+from dit_lens.architectures.watching import is_stream, watched
+from dit_lens.check_report import Finding
+from dit_lens.errors import listed
+from dit_lens.one_call import OneCall, Place
+from dit_lens.taps import to_host
+
+ADDED = 0.5
+"""What is added to one token of what a module is given."""
+
+
+class Modules:
+    """The checks of the modules in the blocks of one denoiser."""
+
+    def __init__(self, once: OneCall) -> None:
+        self.once = once
+
+    def order(self) -> Finding:
+        """Every block runs once, in the order of the numbers."""
+        ran: list[int] = []
+        handles = [
+            block.module.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+            for number, block in enumerate(self.once.blocks)
+        ]
+        with torch.no_grad(), _removed(handles):
+            self.once.denoiser(**self.once.given)
+        numbers = list(range(len(self.once.blocks)))
+        if ran == numbers:
+            return True, f"{len(numbers)} blocks"
+        place = next((i for i, (one, other) in enumerate(zip(ran, numbers, strict=False)) if one != other), len(ran))
+        return False, f"{len(ran)} runs of {len(numbers)} blocks, another than its number says at run {place}"
+
+    def shown(self) -> Finding:
+        """What is shown at a site that a module returns is among the tokens that it returned, as a hook of torch's sees it."""
+        places = [place for place in self.once.places if self._returned(place)]
+        found: dict[tuple[int, str], list[list[Tensor]]] = {}
+        handles = []
+        for block, module in dict.fromkeys((place[0], self.once.site(place).module) for place in places):
+
+            def keep(_: nn.Module, __: Any, output: Any, key: tuple[int, str] = (block, module)) -> None:
+                found.setdefault(key, []).append([to_host(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+
+            handles.append(self.once.blocks[block].module.get_submodule(module).register_forward_hook(keep))
+        with _removed(handles):
+            seen = self.once.seen("hooks", places)[0]
+        wrong = [place for place in places if not self._among(seen.get(place), place, found)]
+        return not wrong, f"{len(places)} places" if not wrong else f"another at {_named(wrong[0])} and {len(wrong) - 1} more"
+
+    def _returned(self, place: Place) -> bool:
+        site = self.once.site(place)
+        return site.port == "output" and site.measures == "value" and site.columns is None
+
+    def _among(self, shown: Tensor | None, place: Place, found: Mapping[tuple[int, str], list[list[Tensor]]]) -> bool:
+        site = self.once.site(place)
+        outputs = found.get((place[0], site.module), [])
+        if shown is None or len(outputs) != site.calls:
+            return False
+        leaves = [leaf for leaf in outputs[site.call] if leaf.ndim > 2]
+        whole = [site.as_tokens(leaf, len(shown)) for leaf in leaves]
+        return any(_lies_in(shown.flatten(2), tokens) for tokens in whole if tokens.ndim == 3)
+
+    def kinds(self) -> Finding:
+        """When one token of what a module is given changes, attention tells others of it, and neither an MLP nor cross-attention.
+
+        A convolution in an MLP tells its neighbours; an MLP must leave some token as it was.
+        """
+        asked = self._asked()
+        verdicts: dict[tuple[str, str], bool | None] = {}
+        handles = []
+        for block, name, module in asked:
+            path = self.once.blocks[block].path
+
+            def again(own: Any, args: Any, kwargs: Any, output: Any, key: tuple[str, str] = (name, f"{path}.{module}")) -> None:
+                heard = _heard(own, args, kwargs, output)
+                if heard is not None:
+                    verdicts[key] = _fits(key[0], heard)
+
+            handles.append(self.once.blocks[block].module.get_submodule(module).register_forward_hook(again, with_kwargs=True))
+        with torch.no_grad(), _removed(handles):
+            self.once.denoiser(**self.once.given)
+        wrong = [f"{path} as {name}" for (name, path), fits in verdicts.items() if fits is False]
+        if wrong:
+            return False, f"not so: {listed(wrong)}"
+        if not verdicts:
+            return None, "no module that is given as many tokens as it returns"
+        return True, f"{len(verdicts)} of {len(asked)} modules, the others are given something else than tokens"
+
+    def _asked(self) -> list[tuple[int, str, str]]:
+        """(block, site, module) of the attentions and MLPs in the first block of each kind."""
+        firsts = self.once.kinds()
+        places = [place for place in self.once.places if place[0] in firsts and self._returned(place)]
+        kinds = ((place[0], place[1].rstrip("0123456789").rstrip("_"), self.once.site(place).module) for place in places)
+        return list(dict.fromkeys(one for one in kinds if one[1] in ("attn", "cross_attn", "mlp")))
+
+    def complete(self) -> Finding:
+        """No attention and no MLP was seen that no site stands for, and no list of blocks that carry the latents is left out."""
+        missed = {f"{block.stack.path}: {name}" for block in self.once.blocks for name in block.stack.missed}
+        missed |= {f"the blocks in {path}" for path in self._left_out()}
+        offered = list(dict.fromkeys(site for _, site, _ in self.once.places))
+        return not missed, f"missed {listed(sorted(missed))}" if missed else listed(offered)
+
+    def _left_out(self) -> Iterator[str]:
+        """Lists in no stack, of attending modules that carry as many tokens as the latents have, and change with these."""
+        once, kept = self.once, {block.stack.path for block in self.once.blocks}
+        tokens = once.architecture.layout(once.denoiser, once.given).tokens
+        name = latents_of(once.denoiser, once.given)
+        moved = {**once.given, name: other_than(once.given[name])}
+        before, after = (watched(once.denoiser, given) for given in (once.given, moved))
+        for path in dict.fromkeys(call.path for call in before):
+            members = [call for call in before if call.path == path]
+            if path in kept or any(part in path for part in ASIDE) or adapts(path, members, before):
+                continue
+            pairs = [(one, other) for one, other in zip(before, after, strict=True) if one.path == path and one.attends]
+            if any(_carries(a, b, tokens) for one, other in pairs for a, b in zip(one.returned, other.returned, strict=True)):
+                yield path
+
+
+def _carries(one: Any, other: Any, tokens: int) -> bool:
+    return is_stream(one) and one.shape[1] >= tokens and (one.shape != other.shape or not torch.equal(one, other))
+
+
+def _lies_in(shown: Tensor, whole: Tensor) -> bool:
+    """Whether tokens lie one after the other in a sequence, bit by bit."""
+    length, spare = shown.shape[1], whole.shape[1] - shown.shape[1]
+    fits = shown.shape[0] == whole.shape[0] and shown.shape[2] == whole.shape[2]
+    return fits and any(torch.equal(shown, whole[:, start : start + length]) for start in range(spare + 1))
+
+
+def _heard(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+    """Which tokens of a module's output are others when the first one that it is given is; None where that is not seen."""
+    clean = next((leaf for leaf in tree_leaves(output) if is_stream(leaf)), None)
+    if clean is None or clean.shape[1] < 2:
+        return None
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if is_stream(leaf) and leaf.shape[:2] == clean.shape[:2]]
+    if not given:
+        return None
+    changed = given[0].clone()
+    changed[:, :1] += ADDED
+
+    # Self-attention may be given its tokens twice, once to take the keys from.
+    def new(leaf: Any) -> Any:
+        return changed if leaf is given[0] else leaf
+
+    args, kwargs = tree_map(new, (args, kwargs))
+    after = next(leaf for leaf in tree_leaves(type(module).forward(module, *args, **kwargs)) if is_stream(leaf))
+    return (clean != after).any(dim=-1).any(dim=0)
+
+
+def _fits(name: str, heard: Tensor) -> bool:
+    """Whether these tokens are those that hear of the first in a module of this kind."""
+    if name == "attn":
+        return bool(heard[1:].any())
+    return bool(heard[0]) and not bool(heard[1:].any() if name == "cross_attn" else heard.all())
+
+
+def _named(place: Place) -> str:
+    return f"{place[1]} of {place[2]} in block {place[0]}"
+
+
+@contextmanager
+def _removed(handles: list[Any]) -> Iterator[None]:
+    """Take hooks off afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,99 @@
+"""One call of a denoiser, made again and again: plain, or with an engine's taps and the like in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_lens.architectures import Architecture, Block
+from dit_lens.calls import sample_of
+from dit_lens.sites import Site
+from dit_lens.taps import Attention, Bypass, Engine, Tap, to_host
+
+Place = tuple[int, str, str]
+"""(block, site, stream)."""
+
+
+class OneCall:
+    """A denoiser with what is said of it, the arguments of a call by name, and the engines to read it with.
+
+    Attributes:
+        blocks: all of them. places: every (block, site, stream). plain: the output that nothing was done to. made: how many
+            calls were made.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, architecture: Architecture, given: dict[str, Any], engines: Mapping[str, Engine]
+    ) -> None:
+        self.denoiser, self.architecture, self.given, self.engines = denoiser, architecture, given, engines
+        self.expert = architecture.experts[0]
+        self.blocks: list[Block] = architecture.blocks(denoiser)
+        self.places: list[Place] = [(i, *place) for i, block in enumerate(self.blocks) for place in block.stack.offered]
+        self.made = 0
+        with torch.no_grad():
+            self.plain = to_host(self._answer(given))
+
+    @property
+    def stream_places(self) -> list[tuple[int, str]]:
+        """Every (block, stream)."""
+        return [(i, stream) for i, block in enumerate(self.blocks) for stream in block.stack.streams]
+
+    def site(self, place: Place) -> Site:
+        """The record of a place."""
+        block, site, stream = place
+        return self.blocks[block].stack.site(site, stream)
+
+    def kinds(self) -> list[int]:
+        """The first block of each kind: of a list, with these sites and streams."""
+        kinds = [(block.stack.path, block.stack.sites, block.stack.streams) for block in self.blocks]
+        return [number for number, kind in enumerate(kinds) if kinds.index(kind) == number]
+
+    def _answer(self, given: Mapping[str, Any]) -> Tensor:
+        self.made += 1
+        return sample_of(self.denoiser(**given))
+
+    def call(
+        self,
+        engine: str,
+        taps: Sequence[Tap] = (),
+        bypasses: Sequence[Bypass] = (),
+        attentions: Sequence[Attention] = (),
+        given: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The output, with taps and the like in place; for other arguments where they are given."""
+        with torch.no_grad():
+            answer = self.engines[engine].call(lambda: self._answer(given or self.given), taps, bypasses, attentions)
+            return to_host(answer)
+
+    def seen(self, engine: str, places: Sequence[Place]) -> tuple[dict[Place, Tensor], Tensor]:
+        """What passes at some places, and the output."""
+        found: dict[Place, Tensor] = {}
+
+        def tap(place: Place) -> Tap:
+            block, site, stream = place
+            return Tap(self.expert, block, site, lambda tensor: found.__setitem__(place, to_host(tensor)), stream)
+
+        output = self.call(engine, [tap(place) for place in places])
+        return found, output
+
+    def taken(self, given: Mapping[str, Any] | None = None, taps: Sequence[Tap] = ()) -> list[dict[str, Tensor]]:
+        """The streams that every block takes, each as it stood before the block ran."""
+        taken: list[dict[str, Tensor]] = [{} for _ in self.blocks]
+
+        def bypass(block: int) -> Bypass:
+            def instead(streams: Mapping[str, Tensor]) -> None:
+                taken[block] = {name: to_host(tensor) for name, tensor in streams.items()}
+
+            return Bypass(self.expert, block, instead)
+
+        self.call("hooks", taps, [bypass(block) for block in range(len(self.blocks))], given=given)
+        return taken
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The length of a difference in units of what is expected."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
