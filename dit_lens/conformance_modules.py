@@ -69,7 +69,7 @@ class Modules:
             return False
         leaves = [leaf for leaf in outputs[site.call] if leaf.ndim > 2]
         whole = [site.as_tokens(leaf, len(shown)) for leaf in leaves]
-        return any(_lies_in(shown.flatten(2), tokens) for tokens in whole if tokens.ndim == 3)
+        return any(lies_in(shown.flatten(2), tokens) for tokens in whole if tokens.ndim == 3)
 
     def kinds(self) -> Finding:
         """When one token of what a module is given changes, attention tells others of it, and neither an MLP nor cross-attention.
@@ -131,7 +131,7 @@ def _carries(one: Any, other: Any, tokens: int) -> bool:
     return is_stream(one) and one.shape[1] >= tokens and (one.shape != other.shape or not torch.equal(one, other))
 
 
-def _lies_in(shown: Tensor, whole: Tensor) -> bool:
+def lies_in(shown: Tensor, whole: Tensor) -> bool:
     """Whether tokens lie one after the other in a sequence, bit by bit."""
     length, spare = shown.shape[1], whole.shape[1] - shown.shape[1]
     fits = shown.shape[0] == whole.shape[0] and shown.shape[2] == whole.shape[2]

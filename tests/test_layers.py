@@ -36,7 +36,8 @@ dit_lens.selection dit_lens.rows dit_lens.pictures dit_lens.loops
 dit_lens.activations dit_lens.reducers dit_lens.grid
 dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours dit_lens.obstacles
-dit_lens.hooks dit_lens.tracing
+dit_lens.hooks dit_lens.tracing dit_lens.check_report dit_lens.one_call
+dit_lens.conformance_modules dit_lens.conformance_streams
 dit_lens.conformance
 dit_lens.run
 dit_lens.shards dit_lens.directions dit_lens.donors dit_lens.replay
@@ -61,6 +62,10 @@ dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_p
     dit_lens.small_denoisers.refined dit_lens.small_denoisers.sequences
 dit_lens.small_pipelines.unusual dit_lens.small_denoisers.chunked dit_lens.small_denoisers.wan_kin
 dit_lens.small_pipelines dit_lens.small_denoisers
+dit_lens.coverage.truth
+dit_lens.coverage.rows
+dit_lens.coverage.page
+dit_lens.coverage dit_lens.coverage.__main__
 dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build dit_lens.plants.features
