@@ -95,7 +95,8 @@ class Modules:
             return False, f"not so: {listed(wrong)}"
         if not verdicts:
             return None, "no module that is given as many tokens as it returns"
-        return True, f"{len(verdicts)} of {len(asked)} modules, the others are given something else than tokens"
+        others = f" of {len(asked)}, the others are given something else than tokens" if len(verdicts) < len(asked) else ""
+        return True, f"{len(verdicts)} modules{others}"
 
     def _asked(self) -> list[tuple[int, str, str]]:
         """(block, site, module) of the attentions and MLPs in the first block of each kind."""

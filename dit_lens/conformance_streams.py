@@ -125,7 +125,7 @@ class Streams:
         loose = [(i, stream) for i, stream in pairs if not _same(taken[i + 1][stream], given[i, "resid", stream])]
         if not pairs:
             return None, "one block"
-        wrong = [pair for pair in _some(loose) if not self._follows(*pair, taken)]
+        wrong = [pair for pair in _some(loose) if not self._follows(pair[0], pair[1], taken)]
         if wrong:
             return False, f"block {wrong[0][0] + 1} does not go on from {wrong[0][1]} of the one before it"
         more = f", and {len(loose)} with something added in between" if loose else ""

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = """
-dit_lens.errors
+dit_lens.errors dit_lens.turns
 dit_lens.files
 dit_lens.reasoner.board dit_lens.reasoner.settings
 dit_lens.reasoner.unmixing
@@ -39,13 +39,13 @@ dit_lens.ports dit_lens.detours dit_lens.obstacles
 dit_lens.hooks dit_lens.tracing dit_lens.check_report dit_lens.one_call
 dit_lens.conformance_modules dit_lens.conformance_streams
 dit_lens.conformance
-dit_lens.run
-dit_lens.shards dit_lens.directions dit_lens.donors dit_lens.replay
+dit_lens.run dit_lens.watched_run dit_lens.first_inputs
+dit_lens.knowing dit_lens.shards dit_lens.directions dit_lens.donors dit_lens.replay
 dit_lens.store
 dit_lens.edits
 dit_lens.knockout dit_lens.latent_edits
 dit_lens.editor
-dit_lens.batching dit_lens.loading dit_lens.describe dit_lens.encoded
+dit_lens.batching dit_lens.loading dit_lens.describe dit_lens.encoded dit_lens.checks
 dit_lens.lens
 dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
@@ -87,7 +87,7 @@ probes.causes probes.transfer probes.decided probes.clips
 probes
 dit_lens.claims dit_lens.clean
 dit_lens.experiment
-dit_lens.report dit_lens.checks
+dit_lens.report
 dit_lens.cli
 experiments
 experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone

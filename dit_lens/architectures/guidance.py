@@ -61,7 +61,7 @@ def discover_guidance(pipe: Any, denoisers: Mapping[str, nn.Module], inputs: Map
     Raises:
         Undecided: nothing in them says what is asked for, or what was seen is neither of the kinds.
     """
-    another = _asking_for_another(inputs)
+    another = asking_for_another(inputs)
     with torch.no_grad():
         clean, asked = (_first_step(pipe, denoisers, given, seed) for given in (inputs, another))
     if not clean or len(clean) != len(asked):
@@ -122,7 +122,7 @@ def _watching(pipe: Any, denoisers: Mapping[str, nn.Module], calls: list[dict[st
             pipe.maybe_free_model_hooks()
 
 
-def _asking_for_another(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def asking_for_another(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments, asking for something else."""
     changed = {
         name: _another(value)
