@@ -7,6 +7,7 @@ held to the same. What is asked of the modules alone is in `conformance_modules`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,7 @@ class Conformance:
             "an edit at every site counts, and is the same on both engines": self.edits,
             "a skipped block hands on its streams": self.skips,
             "heads add up to the attention's output": self.heads,
+            "q and v make what the attention returns": self.inside,
             "attention computed from q, k and v is the model's own": self.attention,
         }
         return asked(named)
@@ -192,12 +194,16 @@ class Conformance:
         if not places:
             return None, "no heads, or no projection of their own"
         seen = self.once.seen("hooks", [*places, *((block, "attn", stream) for block, _, stream in places)])[0]
+        queries = self.once.seen("hooks", [place for place in self.places if place[1] == "q"])[0]
         errors, elsewhere = [], 0
         for place in places:
             block, _, stream = place
             projection: Any = self.once.blocks[block].module.get_submodule(self.once.site(place).module)
+            heads = queries[block, "q", stream].shape[2] if (block, "q", stream) in queries else 0
             weight, bias = (None if one is None else to_host(one) for one in (projection.weight, projection.bias))
             assert weight is not None
+            if heads and heads != seen[place].shape[2]:
+                return False, f"{seen[place].shape[2]} heads in block {block}, whose queries have {heads}"
             made, returned = linear(seen[place].flatten(2), weight, bias), seen[block, "attn", stream]
             error = relative(made, returned) if made.shape == returned.shape else float("inf")
             elsewhere += error > self.close
@@ -210,13 +216,40 @@ class Conformance:
         if not blocks:
             return None, "no attention of which every query sees every key"
 
+        asked_for: list[Tensor] = []
+
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            asked_for.append(query[:0])
             allowed = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
             return masked_attention(query, key, value, allowed)
 
         answers = [Attention(self.once.expert, block, "attn", attend) for block in blocks]
         errors = [relative(self.once.call(name, attentions=answers), self.once.plain) for name in self.once.engines]
+        if len(asked_for) != len(blocks) * len(errors):
+            return False, f"{len(asked_for)} of {len(blocks) * len(errors)} calls were asked for"
         return max(errors) < self.close, f"relative error {max(errors):.1g} over {len(blocks)} blocks"
+
+    def inside(self) -> Finding:
+        """What is added to the queries, or to the values, of an attention changes what its module returns."""
+        pairs = [
+            (place, (place[0], f"attn{place[1][1:]}", place[2]))
+            for place in self.places
+            if place[0] in self.once.kinds() and re.fullmatch(r"[qv](_\d+)?", place[1])
+        ]
+        if not pairs:
+            return None, "no q and v"
+        wrong = [place for place, attention in pairs if not self._makes(place, attention)]
+        return not wrong, f"another attention's at {_named(wrong)}" if wrong else f"{len(pairs)} places"
+
+    def _makes(self, place: Place, attention: Place) -> bool:
+        """Whether something added at a place changes what an attention of that block returns."""
+        seen: list[Tensor] = []
+        block, site, stream = place
+        taps = [Tap(self.once.expert, block, site, lambda tensor: tensor + ADDED, stream)]
+        # What is read comes after: of the text's last queries nothing may be left in the stream.
+        taps.append(Tap(self.once.expert, block, attention[1], lambda tensor: seen.append(to_host(tensor)), stream))
+        self.once.call("hooks", taps)
+        return not torch.equal(seen[0], self.once.seen("hooks", [attention])[0][attention])
 
 
 def _tracing(pipe: Any, architecture: Architecture) -> Engine:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dit_lens.architectures.anatomy import anatomy
 from dit_lens.architectures.discovery import ASIDE, adapts, latents_of, other_than
 from dit_lens.architectures.watching import is_stream, watched
 from dit_lens.check_report import Finding
 from dit_lens.errors import listed
 from dit_lens.one_call import OneCall, Place
+from dit_lens.sites import BLOCK_SITES
 from dit_lens.taps import to_host
 
+KINDS = ("attn", "cross_attn", "mlp")
 ADDED = 0.5
 """What is added to one token of what a module is given."""
 
@@ -48,11 +54,8 @@ class Modules:
         found: dict[tuple[int, str], list[list[Tensor]]] = {}
         handles = []
         for block, module in dict.fromkeys((place[0], self.once.site(place).module) for place in places):
-
-            def keep(_: nn.Module, __: Any, output: Any, key: tuple[int, str] = (block, module)) -> None:
-                found.setdefault(key, []).append([to_host(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
-
-            handles.append(self.once.blocks[block].module.get_submodule(module).register_forward_hook(keep))
+            own = self.once.blocks[block].module.get_submodule(module)
+            handles.append(own.register_forward_hook(partial(_keep, found.setdefault((block, module), []))))
         with _removed(handles):
             seen = self.once.seen("hooks", places)[0]
         wrong = [place for place in places if not self._among(seen.get(place), place, found)]
@@ -74,7 +77,8 @@ class Modules:
     def kinds(self) -> Finding:
         """When one token of what a module is given changes, attention tells others of it, and neither an MLP nor cross-attention.
 
-        A convolution in an MLP tells its neighbours; an MLP must leave some token as it was.
+        A convolution in an MLP tells its neighbours; an MLP must leave some token as it was. Cross-attention reads another
+        sequence too, and an MLP none.
         """
         asked = self._asked()
         verdicts: dict[tuple[str, str], bool | None] = {}
@@ -85,7 +89,7 @@ class Modules:
             def again(own: Any, args: Any, kwargs: Any, output: Any, key: tuple[str, str] = (name, f"{path}.{module}")) -> None:
                 heard = _heard(own, args, kwargs, output)
                 if heard is not None:
-                    verdicts[key] = _fits(key[0], heard)
+                    verdicts[key] = _fits(key[0], heard, _reads_another(own, args, kwargs, output))
 
             handles.append(self.once.blocks[block].module.get_submodule(module).register_forward_hook(again, with_kwargs=True))
         with torch.no_grad(), _removed(handles):
@@ -102,15 +106,33 @@ class Modules:
         """(block, site, module) of the attentions and MLPs in the first block of each kind."""
         firsts = self.once.kinds()
         places = [place for place in self.once.places if place[0] in firsts and self._returned(place)]
-        kinds = ((place[0], place[1].rstrip("0123456789").rstrip("_"), self.once.site(place).module) for place in places)
-        return list(dict.fromkeys(one for one in kinds if one[1] in ("attn", "cross_attn", "mlp")))
+        kinds = ((place[0], _kind(place[1]), self.once.site(place).module) for place in places)
+        return list(dict.fromkeys(one for one in kinds if one[1] in KINDS))
 
     def complete(self) -> Finding:
         """No attention and no MLP was seen that no site stands for, and no list of blocks that carry the latents is left out."""
         missed = {f"{block.stack.path}: {name}" for block in self.once.blocks for name in block.stack.missed}
-        missed |= {f"the blocks in {path}" for path in self._left_out()}
+        missed |= {f"the blocks in {path}" for path in self._left_out()} | set(self._not_offered())
         offered = list(dict.fromkeys(site for _, site, _ in self.once.places))
         return not missed, f"missed {listed(sorted(missed))}" if missed else listed(offered)
+
+    def _not_offered(self) -> Iterator[str]:
+        """What is seen in the first block of each kind by watching it, and the record does not offer."""
+        once = self.once
+        lengths = once.seen("hooks", [(i, "resid", stream) for i, stream in once.stream_places])[0]
+        tokens = {stream: tensor.shape[1] for (_, _, stream), tensor in lengths.items()}
+        calls = watched(once.denoiser, once.given)
+        for number in once.kinds():
+            block = once.blocks[number]
+            call = next((call for call in calls if call.block is block.module), None)
+            if call is None:
+                continue
+            seen = anatomy(replace(block.stack, sites=BLOCK_SITES), call, tokens)
+            offered = {(_kind(site), stream) for site, stream in block.stack.offered}
+            for site in seen.sites:
+                for stream in block.stack.streams:
+                    if _kind(site.name) in KINDS and site.stream in (None, stream) and (_kind(site.name), stream) not in offered:
+                        yield f"{site.name} of {stream} in {block.stack.path}"
 
     def _left_out(self) -> Iterator[str]:
         """Lists in no stack, of attending modules that carry as many tokens as the latents have, and change with these."""
@@ -126,6 +148,10 @@ class Modules:
             pairs = [(one, other) for one, other in zip(before, after, strict=True) if one.path == path and one.attends]
             if any(_carries(a, b, tokens) for one, other in pairs for a, b in zip(one.returned, other.returned, strict=True)):
                 yield path
+
+
+def _keep(kept: list[list[Tensor]], module: nn.Module, args: Any, output: Any) -> None:
+    kept.append([to_host(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
 
 
 def _carries(one: Any, other: Any, tokens: int) -> bool:
@@ -159,11 +185,31 @@ def _heard(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | N
     return (clean != after).any(dim=-1).any(dim=0)
 
 
-def _fits(name: str, heard: Tensor) -> bool:
+def _is_sequence(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 2
+
+
+def _reads_another(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether a module's output changes with a sequence that it is given beside the tokens that it returns."""
+    clean = next(leaf for leaf in tree_leaves(output) if is_stream(leaf))
+    args, kwargs = tree_map(
+        lambda leaf: leaf.flip(-1) + ADDED if _is_sequence(leaf) and leaf.shape[:2] != clean.shape[:2] else leaf, (args, kwargs)
+    )
+    after = next(leaf for leaf in tree_leaves(type(module).forward(module, *args, **kwargs)) if is_stream(leaf))
+    return not torch.equal(clean, after)
+
+
+def _fits(name: str, heard: Tensor, reads_another: bool) -> bool:
     """Whether these tokens are those that hear of the first in a module of this kind."""
     if name == "attn":
         return bool(heard[1:].any())
-    return bool(heard[0]) and not bool(heard[1:].any() if name == "cross_attn" else heard.all())
+    alone = bool(heard[0]) and not bool(heard[1:].any() if name == "cross_attn" else heard.all())
+    return alone and reads_another == (name == "cross_attn")
+
+
+def _kind(name: str) -> str:
+    """The name of a site without its number."""
+    return re.sub(r"_\d+$", "", name)
 
 
 def _named(place: Place) -> str:

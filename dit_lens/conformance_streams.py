@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dit_lens.architectures.discovery import is_movable, other_than, spoken_arguments
+from dit_lens.architectures.layout import AXES, Layout
 from dit_lens.architectures.stack import AUDIO, EXTRA, TEXT, VISUAL
 from dit_lens.architectures.watching import watched
 from dit_lens.check_report import Finding
@@ -88,7 +90,7 @@ class Streams:
             where: list[Any] = [slice(None)] * len(shape)
             for axis, index, width in zip(kept, place, size, strict=True):
                 where[axes.index(axis)] = index * width + width - 1
-            token = start + sum(index * prod(counts[axis + 1 :]) for axis, index in enumerate(place))
+            token = start + _token(dict(zip(kept, place, strict=True)), layout)
             marked = self._entering(path, {self.latents: _marked(once.given[self.latents], tuple(where))})
             if [token] not in [_changed(clean[name], marked[name]).nonzero().flatten().tolist() for name in clean]:
                 return False, f"{said} tokens, wrong at {listed(map(str, place))}"
@@ -111,34 +113,32 @@ class Streams:
         return watched(self.once.denoiser, {**self.once.given, **changes}, until=path)[-1].taken() if path else {}
 
     def handed_on(self) -> Finding:
-        """Within a list, a block takes the streams that the one before it returned, or something that follows from them."""
+        """A block takes the streams that one before it returned, bit by bit or changed, and each by its own name."""
         once = self.once
         taken = once.taken()
         given = once.seen("hooks", [(i, "resid", stream) for i, stream in once.stream_places])[0]
-        pairs = [
-            (block, stream)
-            for block, stream in once.stream_places
-            if block + 1 < len(once.blocks)
-            and once.blocks[block].stack.path == once.blocks[block + 1].stack.path
-            and stream in taken[block + 1]
-        ]
-        loose = [(i, stream) for i, stream in pairs if not _same(taken[i + 1][stream], given[i, "resid", stream])]
+        # A stream may pass by the blocks of another list.
+        holders = {stream: [i for i, name in once.stream_places if name == stream] for _, stream in once.stream_places}
+        pairs = [(one, other, stream) for stream, its in holders.items() for one, other in pairwise(its)]
+        loose = [pair for pair in pairs if not _same(taken[pair[1]][pair[2]], given[pair[0], "resid", pair[2]])]
         if not pairs:
             return None, "one block"
-        wrong = [pair for pair in _some(loose) if not self._follows(pair[0], pair[1], taken)]
+        wrong = [pair for pair in _some(loose) if not self._follows(*pair, taken=taken)]
         if wrong:
-            return False, f"block {wrong[0][0] + 1} does not go on from {wrong[0][1]} of the one before it"
+            one, other, stream = wrong[0]
+            return False, f"{stream} of block {other} is not what follows from that of block {one}"
         more = f", and {len(loose)} with something added in between" if loose else ""
         return True, f"{len(pairs) - len(loose)} of {len(pairs)} streams bit by bit{more}"
 
-    def _follows(self, block: int, stream: str, taken: Sequence[Mapping[str, Tensor]]) -> bool:
-        """Whether what the next block takes changes with what this one returns: every visual token, and some of others."""
-        tap = Tap(self.once.expert, block, "resid", lambda tensor: tensor + MARK, stream)
-        after = self.once.taken(taps=[tap])
-        before = taken[block + 1][stream]
-        changed = _changed(before, after[block + 1][stream])
+    def _follows(self, one: int, other: int, stream: str, taken: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether a stream changes, where a later block takes it, with what one before returned: every visual token, and some
+        of others; and no other stream does, if there is no block between them."""
+        tap = Tap(self.once.expert, one, "resid", lambda tensor: tensor + MARK, stream)
+        after = self.once.taken(taps=[tap])[other]
+        changed = {name: _changed(before, after[name]) for name, before in taken[other].items()}
+        apart = other > one + 1 or not any(bool(changed[name].any()) for name in changed if name not in (stream, EXTRA))
         # Some tokens of a text may be others for each block (HiDream).
-        return bool(changed.all() if stream == VISUAL else changed.any())
+        return apart and bool(changed[stream].all() if stream == VISUAL else changed[stream].any())
 
 
 def _some(loose: Sequence[Any]) -> Sequence[Any]:
@@ -164,6 +164,14 @@ def _places(counts: Sequence[int]) -> Iterator[list[int]]:
     for axis in range(len(counts)):
         yield [count - 1 if other == axis else 0 for other, count in enumerate(counts)]
     yield [count // 2 for count in counts]
+
+
+def _token(place: Mapping[str, int], layout: Layout) -> int:
+    """The number of the token at a place, by the names of the axes."""
+    if "t" in place:
+        return place["t"]
+    frame, row, column = (place.get(axis, 0) for axis in AXES)
+    return (frame * layout.height + row) * layout.width + column
 
 
 def _marked(latents: Any, where: tuple[Any, ...]) -> Any:

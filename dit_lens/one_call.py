@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,26 +72,23 @@ class OneCall:
     def seen(self, engine: str, places: Sequence[Place]) -> tuple[dict[Place, Tensor], Tensor]:
         """What passes at some places, and the output."""
         found: dict[Place, Tensor] = {}
-
-        def tap(place: Place) -> Tap:
-            block, site, stream = place
-            return Tap(self.expert, block, site, lambda tensor: found.__setitem__(place, to_host(tensor)), stream)
-
-        output = self.call(engine, [tap(place) for place in places])
+        taps = [
+            Tap(self.expert, place[0], place[1], lambda tensor, place=place: found.__setitem__(place, to_host(tensor)), place[2])
+            for place in places
+        ]
+        output = self.call(engine, taps)
         return found, output
 
     def taken(self, given: Mapping[str, Any] | None = None, taps: Sequence[Tap] = ()) -> list[dict[str, Tensor]]:
         """The streams that every block takes, each as it stood before the block ran."""
         taken: list[dict[str, Tensor]] = [{} for _ in self.blocks]
-
-        def bypass(block: int) -> Bypass:
-            def instead(streams: Mapping[str, Tensor]) -> None:
-                taken[block] = {name: to_host(tensor) for name, tensor in streams.items()}
-
-            return Bypass(self.expert, block, instead)
-
-        self.call("hooks", taps, [bypass(block) for block in range(len(self.blocks))], given=given)
+        bypasses = [Bypass(self.expert, block, partial(_keep, its)) for block, its in enumerate(taken)]
+        self.call("hooks", taps, bypasses, given=given)
         return taken
+
+
+def _keep(kept: dict[str, Tensor], streams: Mapping[str, Tensor]) -> None:
+    kept |= {name: to_host(tensor) for name, tensor in streams.items()}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,17 +102,17 @@ def _hooked(block: nn.Module, inside: Inside) -> Iterator[None]:
     for name, module in parts(block):
         if name:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.path.append(name)))
-
-            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                inside.path.pop()
-                inside.returned.append(Returned(name, (args, kwargs), output))
-
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(_after, inside, name), with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _after(inside: Inside, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    inside.path.pop()
+    inside.returned.append(Returned(name, (args, kwargs), output))
 
 
 def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
