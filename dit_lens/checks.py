@@ -25,7 +25,7 @@ from dit_lens.conformance import Conformance
 from dit_lens.errors import InputError, listed
 from dit_lens.first_inputs import first_inputs
 from dit_lens.knowing import knowing
-from dit_lens.pictures import shown
+from dit_lens.pictures import check_decodable, shown
 from dit_lens.record import Record
 from dit_lens.reducers import norm
 from dit_lens.run import Run
@@ -45,21 +45,22 @@ def check(lens: Any, inputs: Mapping[str, Any] | None = None) -> CheckReport:
     Args:
         inputs: arguments of the pipeline; what is not given is chosen (see `first_inputs`).
     """
-    return _Checks(lens, first_inputs(lens.pipe, inputs)).report()
+    checks = Checks(lens, first_inputs(lens.pipe, inputs))
+    return CheckReport((*checks.of_runs(), *checks.of_denoisers()))
 
 
-class _Checks:
+class Checks:
     """The checks of one lens, on runs with the same arguments."""
 
-    def __init__(self, lens: Any, inputs: dict[str, Any]) -> None:
-        self.lens, self.inputs = lens, inputs
+    def __init__(self, lens: Any, inputs: Mapping[str, Any]) -> None:
+        self.lens, self.inputs = lens, dict(inputs)
         self.architecture: Architecture = lens.discover(**inputs)
         self.denoisers: dict[str, nn.Module] = self.architecture.denoisers(lens.pipe)
         # What the lens refuses to run is refused here too, before anything else.
         self.bare: Run = lens.run(**inputs, decode=False)
 
-    def report(self) -> CheckReport:
-        """All of them."""
+    def of_runs(self) -> list[Check]:
+        """Those of whole runs."""
         questions: dict[str, Callable[[], Finding]] = {
             "recording nothing leaves the pipeline as it is": lambda: self.as_plain(self.bare),
             "recording every site of every block leaves it as it is": lambda: self.as_plain(self.recorded),
@@ -70,10 +71,11 @@ class _Checks:
             "the result is the pipeline's own": self.result,
             "decoding the last latents gives the result": self.decoding,
         }
-        found = asked(questions)
-        for expert in self.architecture.denoisers(self.lens.pipe):
-            found += self.conformance(expert)
-        return CheckReport(tuple(found))
+        return asked(questions)
+
+    def of_denoisers(self) -> list[Check]:
+        """Those of every expert, on its first call."""
+        return [check for expert in self.denoisers for check in self.conformance(expert)]
 
     # The runs that several checks look at.
 
@@ -219,6 +221,7 @@ class _Checks:
         if isinstance(returned, Tensor) and returned.shape == last.shape and not torch.equal(last, to_host(returned).to(last)):
             return None, "the pipeline changes its latents after the last step, and shows others"
         try:
+            check_decodable(self.lens.pipe)
             found = self.lens.decode(last)
         except InputError as refusal:
             return None, str(refusal)

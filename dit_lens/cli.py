@@ -187,9 +187,9 @@ def describe(given: list[str]) -> int:
 
 def check(given: list[str]) -> int:
     options = _model_options(given, "check", CheckOptions)
-    lens = options.load()
+    inputs, lens = options.inputs(), options.load()
     print("Some ten short runs, and thirty to a hundred calls of each denoiser: minutes for a large model.", file=sys.stderr)
-    report = lens.check(**options.inputs())
+    report = lens.check(**inputs)
     print(report)
     return 0 if report.passed else 1
 
