@@ -80,20 +80,21 @@ class Conformance:
 
     def untouched(self) -> Finding:
         """The output is the same to the bit while every site is read."""
-        outputs = {name: self.once.seen(name, self.places)[1] for name in self.once.engines}
+        taps = [Tap(self.once.expert, block, site, lambda tensor: None, stream) for block, site, stream in self.places]
+        outputs = {name: self.once.call(name, taps) for name in self.once.engines}
         same = [name for name, output in outputs.items() if torch.equal(output, self.once.plain)]
         return len(same) == len(outputs), f"bit-identical on {listed(same) or 'none'}"
 
     def engines_agree(self) -> Finding:
         """Every site was seen once, with the same bits."""
-        ours, theirs = (self.once.seen(name, self.places)[0] for name in self.once.engines)
-        same = sum(place in ours and place in theirs and torch.equal(ours[place], theirs[place]) for place in self.places)
+        ours, theirs = (self.once.digests(name, self.places) for name in self.once.engines)
+        same = sum(place in ours and ours[place] == theirs.get(place) for place in self.places)
         return same == len(self.places), f"{same} of {len(self.places)} bit-identical"
 
     def updates(self) -> Finding:
         """What the block took and its update make what it returned."""
-        taken = self.once.taken()
-        places = self.once.stream_places
+        taken = self.once.taken(self.once.sample)
+        places = [(i, stream) for i, stream in self.once.stream_places if i in taken]
         seen = self.once.seen("hooks", [(i, site, stream) for i, stream in places for site in ("resid", "update")])[0]
         errors = [
             relative(taken[i][stream].float() + seen[i, "update", stream], seen[i, "resid", stream].float())
@@ -104,7 +105,7 @@ class Conformance:
     def contributions(self) -> Finding:
         """What the modules of a block contribute adds up to its update."""
         parts: dict[tuple[int, str], list[Place]] = {}
-        for place in self.places:
+        for place in self.once.sampled():
             if self.once.site(place).measures == "contribution":
                 parts.setdefault((place[0], place[2]), []).append(place)
         if not parts:
@@ -158,7 +159,7 @@ class Conformance:
         """The first block of every stack, left out, hands on what it took; both engines agree."""
         blocks = self.once.blocks
         starts = [i for i, block in enumerate(blocks) if i == 0 or block.stack.path != blocks[i - 1].stack.path]
-        taken = self.once.taken()
+        taken = self.once.taken(starts)
         wrong, refused = [], ""
         for block in starts:
             try:
@@ -188,13 +189,13 @@ class Conformance:
         """The output projection of the heads, with its bias, is what the attention returns."""
         places = [
             place
-            for place in self.places
-            if place[1] == "heads" and (place[0], "attn", place[2]) in self.places and self.once.site(place).port == "input"
+            for place in self.once.sampled("heads")
+            if (place[0], "attn", place[2]) in self.places and self.once.site(place).port == "input"
         ]
         if not places:
             return None, "no heads, or no projection of their own"
         seen = self.once.seen("hooks", [*places, *((block, "attn", stream) for block, _, stream in places)])[0]
-        queries = self.once.seen("hooks", [place for place in self.places if place[1] == "q"])[0]
+        queries = self.once.seen("hooks", self.once.sampled("q"))[0]
         errors, elsewhere = [], 0
         for place in places:
             block, _, stream = place
@@ -212,7 +213,7 @@ class Conformance:
 
     def attention(self) -> Finding:
         """Attention answered with weights that were computed anew leaves the output as it was, up to rounding."""
-        blocks = [block for block, site, stream in self.places if site == "qk" and stream == "visual"]
+        blocks = [block for block, _, stream in self.once.sampled("qk") if stream == "visual"]
         if not blocks:
             return None, "no attention of which every query sees every key"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_lens.architectures.anatomy import anatomy
 from dit_lens.architectures.discovery import ASIDE, adapts, latents_of, other_than
-from dit_lens.architectures.watching import is_stream, watched
+from dit_lens.architectures.watching import Call, is_stream, lists, watched
 from dit_lens.check_report import Finding
 from dit_lens.errors import listed
 from dit_lens.one_call import OneCall, Place
@@ -50,7 +51,7 @@ class Modules:
 
     def shown(self) -> Finding:
         """What is shown at a site that a module returns is among the tokens that it returned, as a hook of torch's sees it."""
-        places = [place for place in self.once.places if self._returned(place)]
+        places = [place for place in self.once.sampled() if self._returned(place)]
         found: dict[tuple[int, str], list[list[Tensor]]] = {}
         handles = []
         for block, module in dict.fromkeys((place[0], self.once.site(place).module) for place in places):
@@ -119,14 +120,18 @@ class Modules:
     def _not_offered(self) -> Iterator[str]:
         """What is seen in the first block of each kind by watching it, and the record does not offer."""
         once = self.once
-        lengths = once.seen("hooks", [(i, "resid", stream) for i, stream in once.stream_places])[0]
-        tokens = {stream: tensor.shape[1] for (_, _, stream), tensor in lengths.items()}
-        calls = watched(once.denoiser, once.given)
-        for number in once.kinds():
+        lengths = once.digests("hooks", [(i, "resid", stream) for i, stream in once.stream_places])
+        tokens = {stream: shape[1] for (_, _, stream), (shape, _) in lengths.items()}
+        given: dict[int, dict[str, Any]] = {}
+        handles = [
+            once.blocks[number].module.register_forward_pre_hook(partial(_keep_given, given, number), with_kwargs=True)
+            for number in once.kinds()
+        ]
+        with torch.no_grad(), _removed(handles):
+            once.denoiser(**once.given)
+        for number, arguments in given.items():
             block = once.blocks[number]
-            call = next((call for call in calls if call.block is block.module), None)
-            if call is None:
-                continue
+            call = Call(block.stack.path, block.module, arguments, ())
             seen = anatomy(replace(block.stack, sites=BLOCK_SITES), call, tokens)
             offered = {(_kind(site), stream) for site, stream in block.stack.offered}
             for site in seen.sites:
@@ -137,13 +142,16 @@ class Modules:
     def _left_out(self) -> Iterator[str]:
         """Lists in no stack, of attending modules that carry as many tokens as the latents have, and change with these."""
         once, kept = self.once, {block.stack.path for block in self.once.blocks}
+        others = [path for path in lists(once.denoiser) if path not in kept and not any(part in path for part in ASIDE)]
+        if not others:
+            return
         tokens = once.architecture.layout(once.denoiser, once.given).tokens
         name = latents_of(once.denoiser, once.given)
         moved = {**once.given, name: other_than(once.given[name])}
         before, after = (watched(once.denoiser, given) for given in (once.given, moved))
-        for path in dict.fromkeys(call.path for call in before):
+        for path in others:
             members = [call for call in before if call.path == path]
-            if path in kept or any(part in path for part in ASIDE) or adapts(path, members, before):
+            if not members or adapts(path, members, before):
                 continue
             pairs = [(one, other) for one, other in zip(before, after, strict=True) if one.path == path and one.attends]
             if any(_carries(a, b, tokens) for one, other in pairs for a, b in zip(one.returned, other.returned, strict=True)):
@@ -152,6 +160,11 @@ class Modules:
 
 def _keep(kept: list[list[Tensor]], module: nn.Module, args: Any, output: Any) -> None:
     kept.append([to_host(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+
+
+def _keep_given(kept: dict[int, dict[str, Any]], number: int, block: nn.Module, args: Any, kwargs: Any) -> None:
+    bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+    kept[number] = {name: value.clone() if isinstance(value, Tensor) else value for name, value in bound.items()}
 
 
 def _carries(one: Any, other: Any, tokens: int) -> bool:

@@ -45,10 +45,10 @@ class Streams:
         if VISUAL not in firsts:
             return False, f"there are {listed(firsts)}, and no visual stream"
         tokens = once.architecture.layout(once.denoiser, once.given).tokens
-        before = once.taken()
+        before = once.taken(firsts.values())
         reached: dict[str, dict[str, Tensor]] = {}
         for source, names in self._sources().items():
-            after = once.taken({**once.given, **{name: other_than(once.given[name]) for name in names}})
+            after = once.taken(firsts.values(), {**once.given, **{name: other_than(once.given[name]) for name in names}})
             reached[source] = {stream: _changed(before[i][stream], after[i][stream]) for stream, i in firsts.items()}
         wrong = [
             f"{source} reaches {stream}"
@@ -115,27 +115,27 @@ class Streams:
     def handed_on(self) -> Finding:
         """A block takes the streams that one before it returned, bit by bit or changed, and each by its own name."""
         once = self.once
-        taken = once.taken()
-        given = once.seen("hooks", [(i, "resid", stream) for i, stream in once.stream_places])[0]
+        taken = once.digests_taken()
+        given = once.digests("hooks", [(i, "resid", stream) for i, stream in once.stream_places])
         # A stream may pass by the blocks of another list.
         holders = {stream: [i for i, name in once.stream_places if name == stream] for _, stream in once.stream_places}
         pairs = [(one, other, stream) for stream, its in holders.items() for one, other in pairwise(its)]
-        loose = [pair for pair in pairs if not _same(taken[pair[1]][pair[2]], given[pair[0], "resid", pair[2]])]
+        loose = [(one, other, stream) for one, other, stream in pairs if taken[other][stream] != given[one, "resid", stream]]
         if not pairs:
             return None, "one block"
-        wrong = [pair for pair in _some(loose) if not self._follows(*pair, taken=taken)]
+        wrong = [pair for pair in _some(loose) if not self._follows(*pair)]
         if wrong:
             one, other, stream = wrong[0]
             return False, f"{stream} of block {other} is not what follows from that of block {one}"
         more = f", and {len(loose)} with something added in between" if loose else ""
         return True, f"{len(pairs) - len(loose)} of {len(pairs)} streams bit by bit{more}"
 
-    def _follows(self, one: int, other: int, stream: str, taken: Sequence[Mapping[str, Tensor]]) -> bool:
+    def _follows(self, one: int, other: int, stream: str) -> bool:
         """Whether a stream changes, where a later block takes it, with what one before returned: every visual token, and some
         of others; and no other stream does, if there is no block between them."""
         tap = Tap(self.once.expert, one, "resid", lambda tensor: tensor + MARK, stream)
-        after = self.once.taken(taps=[tap])[other]
-        changed = {name: _changed(before, after[name]) for name, before in taken[other].items()}
+        before, after = (self.once.taken([other], taps=taps)[other] for taps in ([], [tap]))
+        changed = {name: _changed(tensor, after[name]) for name, tensor in before.items()}
         apart = other > one + 1 or not any(bool(changed[name].any()) for name in changed if name not in (stream, EXTRA))
         # Some tokens of a text may be others for each block (HiDream).
         return apart and bool(changed[stream].all() if stream == VISUAL else changed[stream].any())
@@ -144,10 +144,6 @@ class Streams:
 def _some(loose: Sequence[Any]) -> Sequence[Any]:
     """The first and the last of many."""
     return loose if len(loose) <= LOOSE else [*loose[: LOOSE // 2], *loose[-LOOSE // 2 :]]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _changed(one: Tensor, other: Tensor) -> Bool[Tensor, " tokens"]:

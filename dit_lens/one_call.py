@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,10 @@ from dit_lens.taps import Attention, Bypass, Engine, Tap, to_host
 
 Place = tuple[int, str, str]
 """(block, site, stream)."""
+
+
+Digest = tuple[tuple[int, ...], tuple[int, ...]]
+"""What `digest` makes of a tensor."""
 
 
 class OneCall:
@@ -52,6 +56,16 @@ class OneCall:
         kinds = [(block.stack.path, block.stack.sites, block.stack.streams) for block in self.blocks]
         return [number for number, kind in enumerate(kinds) if kinds.index(kind) == number]
 
+    @property
+    def sample(self) -> list[int]:
+        """Those, and the last block; others are built as these are, and large models have large activations."""
+        return sorted({*self.kinds(), len(self.blocks) - 1})
+
+    def sampled(self, *sites: str) -> list[Place]:
+        """The places of the sample, at these sites where they are named."""
+        blocks = set(self.sample)
+        return [place for place in self.places if place[0] in blocks and (not sites or place[1] in sites)]
+
     def _answer(self, given: Mapping[str, Any]) -> Tensor:
         self.made += 1
         return sample_of(self.denoiser(**given))
@@ -79,16 +93,47 @@ class OneCall:
         output = self.call(engine, taps)
         return found, output
 
-    def taken(self, given: Mapping[str, Any] | None = None, taps: Sequence[Tap] = ()) -> list[dict[str, Tensor]]:
-        """The streams that every block takes, each as it stood before the block ran."""
-        taken: list[dict[str, Tensor]] = [{} for _ in self.blocks]
-        bypasses = [Bypass(self.expert, block, partial(_keep, its)) for block, its in enumerate(taken)]
+    def digests(self, engine: str, places: Sequence[Place]) -> dict[Place, Digest]:
+        """What tells the tensors at some places from others, without keeping them."""
+        found: dict[Place, Digest] = {}
+        taps = [
+            Tap(self.expert, place[0], place[1], lambda tensor, place=place: found.__setitem__(place, digest(tensor)), place[2])
+            for place in places
+        ]
+        self.call(engine, taps)
+        return found
+
+    def taken(
+        self, blocks: Iterable[int], given: Mapping[str, Any] | None = None, taps: Sequence[Tap] = ()
+    ) -> dict[int, dict[str, Tensor]]:
+        """The streams that some blocks take, each as it stood before the block ran."""
+        taken: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
+        bypasses = [Bypass(self.expert, block, partial(_keep, its)) for block, its in taken.items()]
         self.call("hooks", taps, bypasses, given=given)
+        return taken
+
+    def digests_taken(self) -> list[dict[str, Digest]]:
+        """What tells the streams that every block takes from others."""
+        taken: list[dict[str, Digest]] = [{} for _ in self.blocks]
+        bypasses = [Bypass(self.expert, block, partial(_keep_digests, its)) for block, its in enumerate(taken)]
+        self.call("hooks", bypasses=bypasses)
         return taken
 
 
 def _keep(kept: dict[str, Tensor], streams: Mapping[str, Tensor]) -> None:
     kept |= {name: to_host(tensor) for name, tensor in streams.items()}
+
+
+def _keep_digests(kept: dict[str, Digest], streams: Mapping[str, Tensor]) -> None:
+    kept |= {name: digest(tensor) for name, tensor in streams.items()}
+
+
+def digest(tensor: Tensor) -> Digest:
+    """Shape, and a sum over the bits of all values, each with a factor of its own; other bits have the same by bad luck alone."""
+    bits = tensor.detach().contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
+    factors = torch.arange(1, bits[0].numel() + 1, device=bits.device) * 2654435761 + 1
+    rows = (bits.flatten(1).long() * factors).sum(1)
+    return tuple(tensor.shape), tuple(rows.tolist())
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

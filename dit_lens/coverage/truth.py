@@ -40,7 +40,7 @@ def compared(small: SmallDenoiser, once: OneCall) -> Compared:
         return Compared((), (f"blocks are {listed(paths)}, and {listed(found)} were found",))
     missed: dict[str, None] = {}
     wrong = dict.fromkeys(_layout(small, once))
-    returned, seen, taken = _returned(once, stated), once.seen("hooks", once.places)[0], once.taken()
+    returned, seen, taken = _returned(once, stated), once.seen("hooks", once.places)[0], once.taken(range(len(once.blocks)))
     for number, ((path, blocks), block) in enumerate(zip(stated, once.blocks, strict=True)):
         streams = _names(small, blocks.streams)
         kept = tuple(stream for stream in streams if stream in block.stack.streams or not block.stack.nothing)
