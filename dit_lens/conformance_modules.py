@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_lens.architectures.anatomy import anatomy
-from dit_lens.architectures.discovery import ASIDE, adapts, latents_of, other_than
+from dit_lens.architectures.arguments import latents_of, other_than
+from dit_lens.architectures.discovery import ASIDE, adapts
 from dit_lens.architectures.watching import Call, is_stream, lists, watched
 from dit_lens.check_report import Finding
 from dit_lens.errors import listed

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from dit_lens.architectures.discovery import is_movable, other_than, spoken_arguments
+from dit_lens.architectures.arguments import is_movable, other_than, spoken_arguments
 from dit_lens.architectures.layout import AXES, Layout
 from dit_lens.architectures.stack import AUDIO, EXTRA, TEXT, VISUAL
 from dit_lens.architectures.watching import watched

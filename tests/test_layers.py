@@ -25,7 +25,7 @@ dit_lens.reasoner.models
 dit_lens.reasoner.train_dit dit_lens.reasoner.train_vae
 dit_lens.reasoner dit_lens.reasoner.train
 dit_lens.sites dit_lens.attention
-dit_lens.architectures.layout dit_lens.architectures.stack dit_lens.architectures.watching
+dit_lens.architectures.layout dit_lens.architectures.stack dit_lens.architectures.watching dit_lens.architectures.arguments
 dit_lens.architectures.record dit_lens.architectures.discovery dit_lens.architectures.inside
 dit_lens.architectures.anatomy dit_lens.architectures.guidance
 dit_lens.architectures dit_lens.architectures.finding

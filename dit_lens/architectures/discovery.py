@@ -13,7 +13,6 @@ What cannot be settled so is not guessed: `Undecided` says what was seen.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, permutations
@@ -23,21 +22,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from dit_lens.architectures.arguments import Undecided, is_movable, latents_of, other_than, spoken_arguments
 from dit_lens.architectures.layout import Patches
 from dit_lens.architectures.stack import AUDIO, EXTRA, TEXT, VISUAL, Stack
 from dit_lens.architectures.watching import Call, is_stream, watched
-from dit_lens.errors import InputError, listed
+from dit_lens.errors import listed
 
 ASIDE = ("motion_encoder", "face_adapter", "vace_blocks", "connector")
 """In the paths of lists whose modules prepare or add to a stream, and are no blocks of it."""
-WORDS = ("encoder_hidden_states", "text", "txt", "prompt", "caption", "cap_", "context", "input_ids", "words")
-"""In the names of arguments that are a text, where several arguments move tokens."""
 FARTHEST = 8
 """How far apart two places in one patch are looked for."""
-
-
-class Undecided(InputError):
-    """The blocks of a denoiser cannot be told by watching it; a record must say what they are."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,30 @@ class _Discovery:
         patches = (mark.patches(self.tokens[VISUAL]) for mark in marks)
         aside = tuple(path for path in self.lists if path not in kept)
         found = next((one for one in patches if one is not None), None)
+        if found is not None:
+            self._check_padding(found)
         return Found(marks[0].latents, tuple(self.stacks), aside, self.tokens, found)
+
+    def _check_padding(self, patches: Patches) -> None:
+        """Refuse visual tokens that are padded: with latents that are smaller by one patch, as many are others."""
+        first = self._first(self.stacks[0].path)
+        held = [name for name in self.stacks[0].parameters if first.given[name].shape[1] > self.tokens[VISUAL]]
+        if patches.packed or EXTRA not in self.stacks[0].streams or not held:
+            return
+        name = latents_of(self.denoiser, self.arguments)
+        latents, before = self.arguments[name], first.given[held[0]].shape[1]
+        smaller = [one[..., : one.shape[-1] - patches.size[-1]] for one in latents]
+        given = torch.stack(smaller) if isinstance(latents, Tensor) else type(latents)(smaller)
+        fewer = self.tokens[VISUAL] * patches.size[-1] // latents[0].shape[-1]
+        try:
+            after = watched(self.denoiser, {**self.arguments, name: given}, until=first.path)[-1].given[held[0]].shape[1]
+        except (RuntimeError, ValueError, IndexError):
+            return  # other arguments go with the size of the latents
+        if after != before - fewer:
+            raise Undecided(
+                f"the visual tokens of the {self.name} are padded to {before}, and how many these are depends on the size: choose"
+                " a size without, or describe it with a record"
+            )
 
     def _first(self, path: str) -> Call:
         return next(call for call in self.calls if call.path == path)
@@ -121,7 +138,7 @@ class _Discovery:
         flat = tuple(stream for regions in held for stream, _ in regions)
         pieces = [Piece(tuple(its), members[-1], place) for its, place in zip(held, carried.values(), strict=True)]
         if VISUAL not in flat:
-            self.beside += [self._spoken(piece) for piece in pieces]
+            self.beside += [self._spoken(_whole_text(piece)) for piece in pieces]
             return
         rows = len(self.arguments[latents_of(self.denoiser, self.arguments)])
         if any(len(members[0].given[parameter]) != rows for parameter in carried):
@@ -202,6 +219,13 @@ class Piece:
     def tensor(self) -> Any:
         """The tensor; None where that block returns nothing there."""
         return self.call.returned[self.place]
+
+
+def _whole_text(piece: Piece) -> Piece:
+    """A piece of a text and what it is padded with, as a text."""
+    if set(piece.streams) != {TEXT, EXTRA}:
+        return piece
+    return replace(piece, regions=((TEXT, sum(count for _, count in piece.regions)),))
 
 
 def adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
@@ -442,41 +466,3 @@ class _Marked:
             if token(position) != expected:
                 return None
         return Patches(axes, tuple(sizes))
-
-
-def latents_of(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str:
-    """The first parameter of a denoiser that can take latents."""
-    names = inspect.signature(type(denoiser).forward).parameters
-    found = next((name for name in names if is_movable(arguments.get(name))), "")
-    if not found:
-        raise Undecided(f"a {type(denoiser).__name__} takes no latents, as (batch, channels, ...); describe it with a record")
-    return found
-
-
-def spoken_arguments(denoiser: nn.Module, arguments: Mapping[str, Any]) -> list[str]:
-    """The arguments that are a text: those that are called so, or all but the latents where none is."""
-    latents = latents_of(denoiser, arguments)
-    others = [name for name, value in arguments.items() if name != latents and is_movable(value, name)]
-    return [name for name in others if any(word in name for word in WORDS)] or others
-
-
-def is_movable(value: Any, name: str = "") -> bool:
-    """Whether an argument holds latents or embeddings: numbers in at least two axes, beside the batch or in a list.
-
-    Or tokens of a text as whole numbers, under the name that says so.
-    """
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1 for one in value)
-    if isinstance(value, Tensor) and "input_ids" in name:
-        return value.ndim == 2
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
-
-
-def other_than(value: Any) -> Any:
-    """Another value of the same shape, different everywhere; of whole numbers, the same ones elsewhere."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(other_than(one) for one in value)
-    if not value.is_floating_point():
-        return value.roll(1, dims=-1)
-    noise: Tensor = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-    return value + 1 + noise

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from dit_lens.architectures.discovery import Undecided, is_movable
+from dit_lens.architectures.arguments import Undecided, is_movable
 from dit_lens.architectures.record import Guidance
 
 CONDITIONS = ("prompt", "prompt_2", "prompt_3", "class_labels")

@@ -15,7 +15,7 @@ import diffusers
 from diffusers.models import transformers
 from torch import nn
 
-from dit_lens.architectures.discovery import Undecided
+from dit_lens.architectures.arguments import Undecided
 from dit_lens.architectures.finding import find_in
 from dit_lens.check_report import CheckReport
 from dit_lens.conformance import Conformance
