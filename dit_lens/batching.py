@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,12 @@ from torch import Tensor
 from dit_lens.errors import InputError, listed
 from dit_lens.taps import replaced_attribute
 
-PER_PROMPT = ("prompt", "negative_prompt", "image", "last_image", "prompt_embeds", "negative_prompt_embeds")
-"""Pipeline arguments that may come once for each prompt."""
-
 IMAGES = ("image", "last_image")
+LABELS = "class_labels"
+TEXT = re.compile(r"(negative_)?prompt(_\d+)?|\w*prompt\w*_(embeds|mask)(_\w+)?")
+"""Arguments that are a text for each prompt, or what an encoder made of it."""
+SEVERAL = re.compile(r"num_\w+_per_prompt")
+"""Arguments that would give one prompt several rows; a list of seeds does, and says which row has which seed."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def prepare(pipe: Any, seed: Seeds, inputs: dict[str, Any], reserved: Sequence[s
     Args:
         pipe: the pipeline that will be called.
         seed: one seed, or S of them; or for each prompt a list of S of its own.
-        inputs: the pipeline's own keyword arguments. `prompt` may be a list of P; `image` and `last_image` a PIL image,
-            a list of P, or a (3, H, W) or (P, 3, H, W) tensor in [0, 1].
+        inputs: the pipeline's own keyword arguments. `prompt` may be a list of P, and so may `class_labels`; `image` and
+            `last_image` a PIL image, a list of P, or a (3, H, W) or (P, 3, H, W) tensor in [0, 1].
         reserved: arguments that the caller decides on.
 
     Raises:
@@ -67,7 +70,7 @@ def prepare(pipe: Any, seed: Seeds, inputs: dict[str, Any], reserved: Sequence[s
     arguments = dict(inputs)
     for name in set(IMAGES) & set(arguments):
         arguments[name] = _images(pipe, name, arguments)
-    counts = {name: _count(arguments[name]) for name in PER_PROMPT if name in arguments}
+    counts = {name: _count(arguments[name]) for name in arguments if per_prompt(name)}
     several = {name: count for name, count in counts.items() if count is not None and count > 1}
     prompts = max(several.values(), default=1)
     if set(several.values()) - {prompts}:
@@ -91,6 +94,14 @@ def prepare(pipe: Any, seed: Seeds, inputs: dict[str, Any], reserved: Sequence[s
     texts = [prompt] if isinstance(prompt, str) else list(prompt or [""] * len(rows))
     groups = tuple(index for index in range(prompts) for _ in seeds[0])
     return Call(arguments, rows, tuple(texts), different_images, groups)
+
+
+@contextmanager
+def beginning(pipe: Any, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments with which a pipeline is begun, to watch it: those of a run from one seed, without a generator."""
+    call = prepare(pipe, 0, dict(inputs))
+    with call.context(pipe):
+        yield {name: value for name, value in call.arguments.items() if name != "generator"}
 
 
 ENCODED_PIXELS = 2**26
@@ -135,13 +146,14 @@ def encode_each_row_once(pipe: Any):
 def _check_names(pipe: Any, inputs: dict[str, Any], reserved: Sequence[str]) -> None:
     instead = {
         "generator": "seed=",
-        "num_videos_per_prompt": "a list of seeds",
         "output_type": "decode=",
         "return_dict": "the Run that comes back",
     }
     for name in inputs:
-        if name in reserved:
-            raise InputError(f"{name}= is not for you to give here; use {instead.get(name, 'something else')}")
+        repeated = SEVERAL.fullmatch(name) is not None
+        if name in reserved or repeated:
+            other = "a list of seeds" if repeated else instead.get(name, "something else")
+            raise InputError(f"{name}= is not for you to give here; use {other}")
     parameters = [name for name in inspect.signature(type(pipe).__call__).parameters if name != "self"]
     unknown = [name for name in inputs if name not in parameters]
     if unknown:
@@ -157,6 +169,11 @@ def _seeds(seed: Seeds) -> list[list[int]]:
     if not whole or not lists[0] or len({len(its) for its in lists}) > 1:
         raise InputError(f"seed={seed!r} is no int, no list of ints, and no list of ints for each prompt, of one length")
     return [[int(one) for one in its] for its in lists]
+
+
+def per_prompt(name: str) -> bool:
+    """Whether a pipeline argument may come once for each prompt."""
+    return name in (*IMAGES, LABELS) or TEXT.fullmatch(name) is not None
 
 
 def _count(value: Any) -> int | None:
@@ -194,7 +211,8 @@ def _as_tensor(pipe: Any, images: Sequence[Image.Image], arguments: dict[str, An
 def _spread(name: str, value: Any, count: int | None, prompts: int, seeds: int) -> Any:
     """A per-prompt argument with one entry for every row; what is one for all rows the pipeline repeats itself."""
     if count is None:
-        return [value] * (prompts * seeds) if name == "prompt" and value is not None and prompts * seeds > 1 else value
+        # Some pipelines repeat a negative prompt beside a list of prompts, and some refuse it.
+        return [value] * (prompts * seeds) if isinstance(value, str) and prompts * seeds > 1 else value
     repeats = seeds if count == prompts else prompts * seeds
     if isinstance(value, Tensor):
         return value.repeat_interleave(repeats, dim=0)

@@ -36,6 +36,7 @@ class DenoiserCall:
         shared: the branches whose rows the call holds, one after the other: `branch` alone, or those of batched guidance.
         parameter: the one of the denoiser's `forward` that takes the latents, its first.
         seeds, prompts: the seed of each row of a branch, and the number of its prompt (see `Moment`).
+        held: latent frames that are no latents of the scheduler's, as of an image to start from (see `Run`).
     """
 
     expert: str
@@ -51,6 +52,7 @@ class DenoiserCall:
     parameter: str = LATENTS
     seeds: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
+    held: tuple[int, ...] = ()
 
     @property
     def timestep(self) -> float:
@@ -123,6 +125,26 @@ def in_form_of(sample: Tensor, output: Tensor) -> Tensor:
         f"the denoiser returns {tuple(output.shape)}, and the scheduler's latents are {tuple(sample.shape)}: how one follows from"
         " the other is not known"
     )
+
+
+def with_variance(denoiser: nn.Module, output: Tensor) -> Tensor:
+    """An output in the form of latents as the denoiser returns it: with zeros for a variance that it predicts beside the mean.
+
+    No scheduler that is known here takes one, and pipelines drop it.
+    """
+    doubled = output.ndim > 3 and vars(denoiser).get("out_channels") == 2 * output.shape[1]
+    return torch.cat([output, torch.zeros_like(output)], dim=1) if doubled else output
+
+
+def held_frames(sample: Tensor, taken: Tensor) -> tuple[int, ...]:
+    """The latent frames in which a denoiser takes something else than the scheduler's latents, which it takes in the others.
+
+    None where it takes all of them, or none as they are: scaled, with further channels, or in another form.
+    """
+    if sample.ndim != 5 or sample.shape != taken.shape:
+        return ()
+    same = (sample.to(taken) == taken).transpose(1, 2).flatten(2).all(dim=2).all(dim=0).tolist()
+    return tuple(frame for frame, one in enumerate(same) if not one) if any(same) else ()
 
 
 def returned(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sample: Tensor) -> Any:

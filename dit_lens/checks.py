@@ -25,7 +25,7 @@ from dit_lens.conformance import Conformance
 from dit_lens.errors import InputError, listed
 from dit_lens.first_inputs import first_inputs
 from dit_lens.knowing import knowing
-from dit_lens.pictures import check_decodable, shown
+from dit_lens.pictures import shown
 from dit_lens.record import Record
 from dit_lens.reducers import norm
 from dit_lens.run import Run
@@ -221,7 +221,6 @@ class Checks:
         if isinstance(returned, Tensor) and returned.shape == last.shape and not torch.equal(last, to_host(returned).to(last)):
             return None, "the pipeline changes its latents after the last step, and shows others"
         try:
-            check_decodable(self.lens.pipe)
             found = self.lens.decode(last)
         except InputError as refusal:
             return None, str(refusal)

@@ -375,4 +375,4 @@ class Editor:
         weights = clock.weights[-1]
         if weights is None:
             return None
-        return weighted(weights, clock.samples[-1], clock.outputs[len(clock.weights) - 1, "guided"])
+        return weighted(weights, clock.samples[-1], clock.outputs[len(clock.weights) - 1, "guided"], clock.held)

@@ -1,8 +1,9 @@
 """What a pipeline encodes again and again, it encodes once.
 
-A sweep calls the pipeline for every cell, with the same prompts and pictures each time. Encoding them anew is a good part of
-a call that starts in the middle: the text encoder reads every prompt, the VAE every picture with a clip of grey behind it.
-Within `encoded_once` an encoder that is given what it was given before gives what it gave before; the same bits.
+A sweep calls the pipeline for every cell and an experiment for every edit, with the same prompts and pictures each time. Encoding
+them anew is a good part of a call that starts in the middle: the text encoder reads every prompt, the VAE every picture with a
+clip of grey behind it. Within `encoded_once` an encoder that is given what it was given before gives what it gave before; the
+same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dit_lens.architectures import EXPERTS
 from dit_lens.taps import replaced_attribute
 
 KEPT = 4
-"""How many of an encoder's last results are kept: prompts and negative prompts of one batch, and of the next."""
+"""How many of an encoder's last results are kept at least: prompts and negative prompts of one batch, and of the next."""
+KEPT_BYTES = 2**28
+"""More of them are kept while what the encoder was given for them fits in this: the pictures of a batch, one by one."""
 
 
 @contextmanager
@@ -48,10 +51,15 @@ def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
                 return result
         result = function(*args, **kwargs)
         known.append((args, kwargs, _versions(args, kwargs), result))
-        del known[:-KEPT]
+        while len(known) > KEPT and sum(_bytes(before, named) for before, named, *_ in known) > KEPT_BYTES:
+            del known[0]
         return result
 
     return remembered
+
+
+def _bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return sum(one.nbytes for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
 
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from dit_lens import files, provenance, reasoner
 from dit_lens.claims import Claim, committed, judged
 from dit_lens.clean import CleanRuns
+from dit_lens.encoded import encoded_once
 from dit_lens.errors import InputError
 from dit_lens.run import Run
 
@@ -48,7 +49,8 @@ CLOCK_COLUMNS = ["step", "sigma", "timestep", "expert"]
 @dataclass(frozen=True)
 class Experiment:
     """A protocol. ``presets`` maps a name to an instance of one frozen dataclass of settings; ``run`` takes a `Context` and
-    returns the results, one row per measurement; ``claims`` are judged by these."""
+    returns the results, one row per measurement; ``claims`` are judged by these. ``after`` names experiments whose work it
+    takes up where they ran before it, into the same folder."""
 
     name: str
     title: str
@@ -57,6 +59,7 @@ class Experiment:
     presets: Mapping[str, Any]
     run: Callable[["Context"], pd.DataFrame]
     claims: Sequence[Claim] = ()
+    after: Sequence[str] = ()
 
     def preset(self, name: str) -> Any:
         """The settings of a preset. InputError where there is none of that name."""
@@ -249,7 +252,8 @@ def run_experiment(
     if spent is not None:
         tqdm.write(f"{experiment.name}: finished before with the same fingerprint {fingerprint}", file=sys.stderr)
     context = Context(lens, settings, folder, experiment.name, fingerprint, arguments or {})
-    results = experiment.run(context)
+    with encoded_once(lens.pipe):
+        results = experiment.run(context)
     verdicts = verdicts_of(experiment, results)
     manifest = {
         "experiment": experiment.name,

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_lens import batching, loading, obstacles
+from dit_lens import batching, decoding, loading, obstacles
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Guidance, lookup
 from dit_lens.architectures.finding import find
@@ -38,21 +38,19 @@ from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
 from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.loops import LoopClock, guidance_scale, loop_guidance, watch_loop
-from dit_lens.pictures import check_decodable, shown
+from dit_lens.pictures import shown
 from dit_lens.record import Record, Recorder, as_records
 from dit_lens.replay import Answers, Replay, Resume, clock_of, differentiable, forecast_of, with_leaves
 from dit_lens.rows import by_branch
 from dit_lens.run import Run
 from dit_lens.schedule import Clock, Forecast, StepClock, forecast, forecast_with
 from dit_lens.selection import Extent, Selector
-from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute, to_host
+from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute
 from dit_lens.turns import one_at_a_time
 
 ENGINES = ("nnsight", "hooks")
 LIMIT_BYTES = 4 * 10**9
 """How much a run keeps at most, unless told otherwise."""
-DECODED_LATENTS = 2**18
-"""How many latent positions (rows x frames x height x width) an accelerator decodes at a time."""
 
 
 def load(
@@ -140,7 +138,8 @@ class Lens:
     def _know(self, inputs: Mapping[str, Any]) -> Architecture:
         """The architecture, found with these arguments where it is not known."""
         if self._architecture is None:
-            self._architecture = find(self.pipe, inputs)
+            with batching.beginning(self.pipe, inputs) as arguments:
+                self._architecture = find(self.pipe, arguments)
         return self._architecture
 
     @property
@@ -202,7 +201,7 @@ class Lens:
         Returns:
             What the pipeline returns.
         """
-        call = batching.prepare(self.pipe, seed, inputs, reserved=("generator", "num_videos_per_prompt"))
+        call = batching.prepare(self.pipe, seed, inputs, reserved=("generator",))
         with self._alone(progress), call.context(self.pipe):
             return self.pipe(**call.arguments)
 
@@ -244,7 +243,7 @@ class Lens:
             InputError: arguments that the pipeline lacks, a selection that is out of range or matches nothing, one that
                 would keep too much, or edits that cannot be made; before anything runs where that can be known.
         """
-        reserved = ("generator", "num_videos_per_prompt", "output_type", "return_dict")
+        reserved = ("generator", "output_type", "return_dict")
         call = batching.prepare(self.pipe, seed, inputs, reserved)
         records, changes = as_records(record), as_edits(edits)
         arguments = {**call.arguments, "output_type": "pt" if decode else "latent"}
@@ -345,31 +344,19 @@ class Lens:
         return Replay(call, in_form_of(call.latents, rows), activations)
 
     def decode(
-        self, latents: Float[Tensor, "*batch channels frames height width"], rows: int | None = None
+        self, latents: Float[Tensor, ...], rows: int | None = None
     ) -> Float[Tensor, "*batch video_frames video_height video_width 3"]:
         """Latents (of a run, or an x0-hat) as video in [0, 1], on the CPU.
 
         Args:
-            latents: on any device, scaled as the denoiser sees them. rows: how many to decode at a time; by default few
-                on the CPU, and as many as `DECODED_LATENTS` holds on an accelerator.
+            latents: (..., channels, frames, height, width), on any device, scaled as the denoiser sees them.
+            rows: how many to decode at a time; by default few on the CPU, and as many as `decoding.DECODED_LATENTS` holds on an
+                accelerator.
+
+        Raises:
+            InputError: the pipeline's latents are scaled otherwise than by a mean and a deviation of each channel.
         """
-        vae, leading = self.pipe.vae, latents.shape[:-4]
-        check_decodable(self.pipe)
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(self.pipe._execution_device, vae.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        if rows is None:
-            rows = 8 if mean.device.type == "cpu" else max(1, DECODED_LATENTS // latents[..., 0, :, :, :].shape[-3:].numel())
-        videos = []
-        with torch.no_grad():
-            for chunk in latents.flatten(0, -5).split(rows) if leading else [latents[None]]:
-                # Divided by the inverse, as the pipeline does it: another order rounds differently.
-                scaled = chunk.to(mean.device, vae.dtype) / (1.0 / std) + mean
-                decoded = vae.decode(scaled, return_dict=False)[0]
-                frames = self.pipe.video_processor.postprocess_video(decoded, output_type="pt")
-                videos.append(to_host(frames.movedim(2, -1)))
-        return torch.cat(videos).unflatten(0, leading) if leading else torch.cat(videos)[0]
+        return decoding.decode(self.pipe, latents, rows)
 
     def _tapped(
         self,
@@ -460,6 +447,7 @@ class Lens:
             text_tokens=clock.text_tokens,
             calls={place: replace(kept, seeds=call.seeds, prompts=call.groups) for place, kept in clock.calls.items()},
             sign=clock.sign,
+            held=clock.held,
         )
 
     def _forecast(self, inputs: dict[str, Any]) -> Forecast:
@@ -474,9 +462,11 @@ class Lens:
             steps, scale = (inputs.get(name, defaults[name].default) for name in ("num_inference_steps", "guidance_scale"))
             return forecast(self.pipe, architecture, steps, scale)
         # What the pipeline makes of its arguments is seen where it begins; prompts and pictures have no part in it.
-        key = tuple(sorted((name, settings_of(value)) for name, value in inputs.items()))
+        settings = tuple(sorted((name, settings_of(value)) for name, value in inputs.items()))
+        key = (settings, type(self.pipe.scheduler), repr(self.pipe.scheduler.config))
         if key not in self._outlines:
-            self._outlines[key] = outline(self.pipe, architecture.denoisers(self.pipe), inputs)
+            with batching.beginning(self.pipe, inputs) as arguments:
+                self._outlines[key] = outline(self.pipe, architecture.denoisers(self.pipe), arguments)
         seen = self._outlines[key]
         return forecast_with(self.pipe, architecture, seen.scheduler, seen.guidance)
 

@@ -120,7 +120,7 @@ class LoopClock(StepClock):
         arguments = self._architecture.arguments(denoiser, args, kwargs)
         self._now = timestep_of(self._loop, arguments)
         if not self._calls:
-            self._taken = self._architecture.taken(arguments)
+            self._latents = self._architecture.taken(arguments)
         self._before_call(expert, denoiser, args, kwargs)
 
     def _timestep(self) -> float:
@@ -135,7 +135,7 @@ class LoopClock(StepClock):
         self.sigmas.append(self.sigma)
         self.experts.append(self.expert)
         self.weights.append(x0_weights(self._loop.noise(self.timestep)))
-        self.samples.append(to_host(self._taken[: self.batch]))
+        self.samples.append(to_host(self._latents[: self.batch]))
         branches = [branch for step, branch in self.outputs if step == self.step]
         formed = {branch: in_form_of(self.samples[-1], self.outputs[self.step, branch]) for branch in branches}
         self.outputs |= {(self.step, branch): output for branch, output in formed.items()}

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -126,8 +128,13 @@ def _setting(scheduler: Any, name: str, default: Any) -> Any:
 
     A configuration keeps what `from_config` found in that of another scheduler, and the scheduler never looks at it.
     """
-    takes = (inspect.signature(parent.__init__).parameters for parent in type(scheduler).__mro__)
-    return scheduler.config.get(name, default) if any(name in parameters for parameters in takes) else default
+    return scheduler.config.get(name, default) if _knows(type(scheduler), name) else default
+
+
+@cache
+def _knows(kind: type, name: str) -> bool:
+    """Whether a class of schedulers takes a setting; remembered, as every step asks, and asking takes a millisecond."""
+    return any(name in inspect.signature(parent.__init__).parameters for parent in kind.__mro__)
 
 
 def _index(scheduler: Any, timestep: float) -> int:
@@ -191,10 +198,19 @@ def x0_hat(
     return weighted(weights, sample, output)
 
 
-def weighted(weights: tuple[float, float], sample: Tensor, output: Tensor) -> Tensor:
-    """a * sample + b * output, in float32 or better."""
+def weighted(weights: tuple[float, float], sample: Tensor, output: Tensor, held: Sequence[int] = ()) -> Tensor:
+    """a * sample + b * output, in float32 or better; in the frames that are held, the sample, which is clean there."""
     at_least = torch.promote_types(torch.promote_types(sample.dtype, output.dtype), torch.float32)
-    return weights[0] * sample.to(at_least) + weights[1] * output.to(at_least)
+    found = weights[0] * sample.to(at_least) + weights[1] * output.to(at_least)
+    return with_frames(found, sample, held)
+
+
+def with_frames(latents: Tensor, given: Tensor, frames: Sequence[int]) -> Tensor:
+    """Latents of (batch, channels, frames, height, width) with some frames of others in the place of their own."""
+    if not frames:
+        return latents
+    where = torch.tensor(frames, device=latents.device)
+    return latents.index_copy(2, where, given.to(latents).index_select(2, where))
 
 
 def signed(weights: tuple[float, float] | None, sign: int) -> tuple[float, float] | None:

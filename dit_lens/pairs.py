@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_lens.activations import Activations
-from dit_lens.batching import IMAGES, PER_PROMPT
+from dit_lens.batching import IMAGES, per_prompt
 from dit_lens.errors import InputError, listed
 from dit_lens.lens import Lens
 from dit_lens.run import Run
@@ -160,7 +160,7 @@ def joined_inputs(samples: Sequence[Any]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for name in every[0]:
         values = [inputs[name] for inputs in every]
-        if name in PER_PROMPT and any(value is not None for value in values):
+        if per_prompt(name) and any(value is not None for value in values):
             joined[name] = _joined(name, values)
         elif all(_same(value, values[0]) for value in values):
             joined[name] = values[0]
@@ -174,8 +174,8 @@ def _joined(name: str, values: Sequence[Any]) -> Any:
     """What comes once for each prompt, for all samples: rows of one tensor, or a list."""
     if not any(isinstance(value, Tensor) for value in values):
         return [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
-    # One image has the axes (3, height, width), the embedding of one prompt (tokens, channels).
-    single = 3 if name in IMAGES else 2
+    # One image has the axes (3, height, width), the embedding of one prompt (tokens, channels); pooled ones and masks have one.
+    single = 3 if name in IMAGES else 2 if name.removeprefix("negative_") == "prompt_embeds" else 1
     rows = [value[None] if isinstance(value, Tensor) and value.ndim == single else value for value in values]
     if any(not isinstance(row, Tensor) or row.shape[1:] != rows[0].shape[1:] for row in rows):
         shown = listed(tuple(row.shape[1:]) if isinstance(row, Tensor) else type(row).__name__ for row in rows)

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_lens.errors import InputError
 from dit_lens.taps import to_host
 
 
@@ -22,12 +21,6 @@ def shown(output: Any) -> Float[Tensor, "batch video_frames video_height video_w
     if hasattr(output, "frames"):
         return _channels_last(output.frames, 5)
     return _channels_last(output.images, 4)[:, None] if hasattr(output, "images") else None
-
-
-def check_decodable(pipe: Any) -> None:
-    """Refuse a pipeline whose VAE is none of those that take videos and scale latents channel by channel."""
-    if not hasattr(pipe, "video_processor") or getattr(pipe.vae.config, "latents_mean", None) is None:
-        raise InputError(f"how a {type(pipe).__name__} decodes its latents is not known here: decode them with its own VAE")
 
 
 def _channels_last(found: Any, axes: int) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class Recorder:
         places = dict.fromkeys((c.expert, c.block, c.site, c.stream) for wanted in self._wanted for c in wanted)
         order = {site.name: place for place, site in enumerate(self._extent.sites)}
         return [
-            Tap(expert, block, site, self._visitor(expert, block, site, stream), stream)
+            Tap(expert, block, site, partial(self._visit, (expert, block, site, stream)), stream)
             for expert, block, site, stream in sorted(places, key=lambda p: (p[0], p[1], order[p[2]], p[3]))
         ]
 
@@ -134,17 +135,15 @@ class Recorder:
         """Whether the pipeline was interrupted before its last step."""
         return self._clock is None or self._clock.step < self._steps
 
-    def _visitor(self, expert: str, block: int, site: str, stream: str) -> Callable[[Tensor], None]:
-        def visit(tensor: Tensor) -> None:
-            clock = self._clock
-            assert clock is not None
-            here = Cell(expert, clock.step, clock.branch, block, site, stream)
-            for index, wanted in enumerate(self._wanted):
-                cell = wanted.get(here)
-                if cell is not None:
-                    self._take(index, cell, tensor)
-
-        return visit
+    def _visit(self, place: tuple[str, int, str, str], tensor: Tensor) -> None:
+        """What passes at a place, (expert, block, site, stream)."""
+        clock = self._clock
+        assert clock is not None
+        here = Cell(place[0], clock.step, clock.branch, *place[1:])
+        for index, wanted in enumerate(self._wanted):
+            cell = wanted.get(here)
+            if cell is not None:
+                self._take(index, cell, tensor)
 
     def _take(self, index: int, cell: Cell, tokens: Tensor) -> None:
         """Reduce one activation of (batch, tokens, channels) or (batch, tokens, heads, channels), and keep it or pass it on."""

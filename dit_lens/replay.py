@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dit_lens.activations import Activations
 from dit_lens.architectures import Architecture, Layout, Stack
-from dit_lens.calls import DenoiserCall, returned
+from dit_lens.calls import DenoiserCall, returned, with_variance
 from dit_lens.errors import InputError, listed
 from dit_lens.noise import weighted
 from dit_lens.schedule import Clock, Forecast
@@ -130,7 +130,7 @@ class Replay:
         """
         if self.call.weights is None:
             raise InputError(f"there is no x0-hat at step {self.call.step}: the sample is pure noise, the output epsilon")
-        return weighted(self.call.weights, self.call.latents.to(self.velocity.device), self.velocity)
+        return weighted(self.call.weights, self.call.latents.to(self.velocity.device), self.velocity, self.call.held)
 
 
 def forecast_of(call: DenoiserCall) -> Forecast:
@@ -295,7 +295,7 @@ class Answers:
                     f"the stored output for step {place[0]}, {place[1]!r}, has shape {tuple(stored.shape)}, and the denoiser"
                     f" takes latents of shape {tuple(latents.shape)}; batch, frames, height and width must agree"
                 )
-            return returned(denoiser, args, kwargs, stored.to(latents))
+            return returned(denoiser, args, kwargs, with_variance(denoiser, stored).to(latents))
 
         return answering
 

@@ -51,6 +51,8 @@ class Run:
         text_tokens: number of text tokens that the denoiser read, padding included; None where it reads no text.
         calls: every call of a denoiser by (step, branch), when they were asked for; on the model's device, and not saved.
         sign: -1 where the pipeline negates what the denoiser returns before the scheduler receives it.
+        held: latent frames in which the pipeline shows the denoiser something clean instead of the scheduler's latents, as
+            the image that a Wan of the 5B form starts from; `latents` and x0-hat have that there.
     """
 
     seeds: tuple[int, ...]
@@ -70,6 +72,7 @@ class Run:
     text_tokens: int | None = None
     calls: Mapping[tuple[int, str], DenoiserCall] = field(default_factory=dict, repr=False)
     sign: int = 1
+    held: tuple[int, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -114,7 +117,7 @@ class Run:
         weights = signed(self.weights[self._step(step)], 1 if branch == "guided" else self.sign)
         if weights is None:
             raise InputError(f"there is no x0-hat at step {step}: the sample is pure noise, the output epsilon")
-        return weighted(weights, self.latents[self._step(step)], output)
+        return weighted(weights, self.latents[self._step(step)], output, self.held)
 
     def activation(
         self,
@@ -168,7 +171,7 @@ class Run:
         if not runs:
             raise InputError("there are no runs to join")
         first = runs[0]
-        same = ("layout", "scheduler", "timesteps", "experts", "branches", "weights", "fired", "text_tokens", "sign")
+        same = ("layout", "scheduler", "timesteps", "experts", "branches", "weights", "fired", "text_tokens", "sign", "held")
         for other in runs[1:]:
             differing = [name for name in same if getattr(other, name) != getattr(first, name)]
             if differing:
@@ -261,7 +264,7 @@ class Run:
         return step % self.steps
 
 
-_LABELS = ("seeds", "prompts", "scheduler", "timesteps", "experts", "branches", "weights", "text_tokens", "sign")
+_LABELS = ("seeds", "prompts", "scheduler", "timesteps", "experts", "branches", "weights", "text_tokens", "sign", "held")
 
 
 def _tuple(value: Any) -> Any:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_lens.architectures import Architecture, Guidance, Layout
-from dit_lens.calls import DenoiserCall, detached, in_form_of, sample_of, versions
+from dit_lens.calls import DenoiserCall, detached, held_frames, in_form_of, sample_of, versions
 from dit_lens.errors import InputError, listed
-from dit_lens.noise import forget_history, noise_state, signed, x0_weights
+from dit_lens.noise import forget_history, noise_state, signed, with_frames, x0_weights
 from dit_lens.taps import Result, replaced_attribute, to_host
 
 
@@ -150,6 +150,8 @@ class StepClock:
         self.branch = ""
         self.shared: tuple[str, ...] = ()
         self.sign = 1
+        self.held: tuple[int, ...] = ()
+        self._taken = torch.empty(0)
         self.timestep = math.nan
         self.sigma = math.nan
         self.layout: Layout | None = None
@@ -202,7 +204,8 @@ class StepClock:
     def __exit__(self, *_: object) -> None:
         self._attached.close()
         if self._last is not None:
-            self.samples.append(to_host(self._last[: self.batch]))
+            last = to_host(self._last[: self.batch])
+            self.samples.append(with_frames(last, self.samples[-1], self.held) if self.samples else last)
             self._last = None
 
     @contextmanager
@@ -222,9 +225,10 @@ class StepClock:
         self.branches += [branch for branch in self.shared if branch not in self.branches]
         self.timestep = self._timestep()
         self.sigma = self._level()
+        arguments = self._architecture.arguments(denoiser, args, kwargs)
+        self._taken = latents = self._architecture.taken(arguments)
         if self.layout is None:
-            arguments = self._architecture.arguments(denoiser, args, kwargs)
-            latents, text = self._architecture.taken(arguments), arguments.get(self._architecture.text)
+            text = arguments.get(self._architecture.text)
             self.layout = self._architecture.layout(denoiser, arguments)
             self.batch = len(latents) // len(self.shared)
             self.dtype = latents.dtype
@@ -259,7 +263,10 @@ class StepClock:
         timesteps = self.pipe.scheduler.timesteps
         if self.step < len(timesteps):
             return float(timesteps[self.step])
-        raise RuntimeError(f"the pipeline makes more steps than its scheduler has timesteps ({len(timesteps)})")
+        raise InputError(
+            f"the pipeline makes more steps than its scheduler has timesteps ({len(timesteps)}): where it goes through them again"
+            " for every segment of a video, activations cannot be labelled; give arguments for one segment"
+        )
 
     def _level(self) -> float:
         """The noise level of the step under way."""
@@ -302,7 +309,7 @@ class StepClock:
             self.experts.append(self.expert)
             self.weights.append(x0_weights(noise_state(scheduler, self.timestep)))
             # A pipeline may step the rows of all branches, which are then alike.
-            self.samples.append(to_host(call["sample"][: self.batch]))
+            self.samples.append(self._shown(call["sample"][: self.batch]))
             self.outputs[self.step, "guided"] = to_host(call["model_output"][: self.batch])
             self._form_outputs()
             self._file_calls()
@@ -324,6 +331,13 @@ class StepClock:
             return result
 
         return stepping
+
+    def _shown(self, sample: Tensor) -> Tensor:
+        """The scheduler's latents of the step under way, with what the denoiser takes in the place of some frames, on the CPU."""
+        taken, self._taken = self._taken[: self.batch], torch.empty(0)
+        if self.step == 0:
+            self.held = held_frames(sample, taken)
+        return with_frames(to_host(sample), to_host(taken), self.held) if self.held else to_host(sample)
 
     def _form_outputs(self) -> None:
         """Bring the outputs of the step under way into the form of its latents, and see whether the pipeline negates them."""
@@ -348,8 +362,9 @@ class StepClock:
         for branch, call in self._pending.items():
             place = {"expert": self.expert, "step": self.step, "branch": branch}
             self.calls[self.step, branch] = DenoiserCall(
-                **place, **call, latents=self.samples[-1], weights=signed(self.weights[-1], self.sign), levels=self._levels
-            )
+                **place, **call, latents=self.samples[-1], weights=signed(self.weights[-1], self.sign), levels=self._levels,
+                held=self.held,
+            )  # fmt: skip
         self._pending = {}
 
     def _preparing(self, prepare_latents: Callable[..., Any]) -> Callable[..., Any]:

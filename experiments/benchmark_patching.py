@@ -53,7 +53,7 @@ def measures(kind: Kind) -> dl.Outcome:
     """A cheap outcome: the mean of what is measured, so that the time is that of making it."""
 
     def mean(shown: Tensor, pairs: Sequence[Any]) -> Tensor:
-        return shown.flatten(1).double().mean(dim=1)
+        return shown.flatten(1).mean(dim=1, dtype=torch.float64)
 
     return dl.Outcome(kind, mean, of=kind, decoded=kind == "x0_hat")
 

@@ -159,12 +159,13 @@ def specialization(context: Context, profiles: Mapping[str, Profile], gain: Prof
     """The three profiles over depth with their bands and the paper's; the gain of every block; both as tables."""
     compared = {name: profiles[name].compared() for name in ("selectivity", "damage", "patching")}
     tables = {name: profile.table() for name, profile in profiles.items()}
+    counts = ", ".join(f"N {_count(name, profile.samples)} ({name})" for name, profile in profiles.items())
     about = (
         "Shaded: 95 % intervals (of selectivity drawn from the probes' intervals over test samples; of damage and patching"
         " bootstrap over pairs). Grey bands: the paper's. Black lines: where two change points cut the curves best, with the"
         " 95 % interval of each above (none where every draw agrees)."
         " Selectivity and damage are means over the steps measured; guidance branch: "
-        f"{context.settings.branch}. N: {', '.join(f'{profile.samples} ({name})' for name, profile in profiles.items())}."
+        f"{context.settings.branch}. {counts}."
     )
     context.figure("bands", _bands(tables, compared), "Where perception, reasoning and consolidation are", about)
     summary = gain.table().rename(columns={"value": "mean", "samples": "clusters"}).assign(row="gain", panel="all targets")
@@ -210,7 +211,7 @@ def _bands(tables: Mapping[str, pd.DataFrame], compared: Mapping[str, Mapping[st
             low, high = axis.get_ylim()
             axis.set_ylim(low - 0.05 * (high - low), high + 0.12 * (high - low))
             _cuts(axis, compared[name])
-            axis.set_title(f"{title}, N = {compared[name]['samples']}")
+            axis.set_title(f"{title}, N {_count(name, compared[name]['samples'])}")
         for axis, label in zip(
             axes, ("of the three contents", "of the content's damage at all blocks", "of the way"), strict=True
         ):
@@ -219,6 +220,11 @@ def _bands(tables: Mapping[str, pd.DataFrame], compared: Mapping[str, Mapping[st
         handles = [handle for axis in axes[[0, 2]] for handle in axis.get_legend_handles_labels()[0]]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
+
+
+def _count(name: str, samples: int) -> str:
+    """How many samples are behind a profile; behind selectivity the test samples of the target that has the fewest."""
+    return f"\N{GREATER-THAN OR EQUAL TO} {samples}" if name == "selectivity" else f"= {samples}"
 
 
 def _papers_bands(axis: Axes) -> None:
@@ -265,7 +271,7 @@ def _band_table(context: Context, compared: Mapping[str, Mapping[str, Any]]) -> 
                 shown[title] = f"{row[f'{kind} share']:.2f}, shuffled {row[f'{kind} shuffled']:.2f}, p = {row[f'{kind} p']:.3f}"
             else:
                 shown[title] = "-"
-        shown["N"] = row["samples"]
+        shown["N"] = _count("selectivity" if "selectivity" in row["quantity"] else "", row["samples"]).removeprefix("= ")
         rows.append(shown)
     about = (
         "Relative depth of the first block of a band. Changes found: how many a shuffle test at 5 % finds, three at most; the"

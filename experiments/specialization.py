@@ -147,4 +147,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
+    after=("probe-map",),
 )

@@ -74,10 +74,11 @@ class Call:
 
 @dataclass
 class Watched:
-    """One run: calls by step, what the scheduler received (prediction, timestep) and made of it, and the result."""
+    """One run: calls by step, what the scheduler received (prediction, timestep; sample) and made of it, and the result."""
 
     steps: list[list[Call]] = field(default_factory=lambda: [[]])
     received: list[tuple[Tensor, float]] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     result: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -129,6 +130,7 @@ def watching(pipe: Any, experts: tuple[str, ...]) -> Iterator[Watched]:
     def step(*args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(plain).bind(*args, **kwargs).arguments
         seen.received.append((arguments["model_output"].clone(), float(arguments["timestep"])))
+        seen.samples.append(arguments["sample"].clone())
         seen.steps.append([])
         output = plain(*args, **kwargs)
         seen.made.append(output[0])

@@ -133,6 +133,7 @@ def test_lists_of_negative_prompts_and_embeddings(text_pipe: Any) -> None:
         ({"sampler": "euler"}, "WanImageToVideoPipeline takes no sampler; it takes image, prompt"),
         ({"generator": None}, "generator= is not for you to give here; use seed="),
         ({"num_videos_per_prompt": 2}, "use a list of seeds"),
+        ({"num_images_per_prompt": 1}, "use a list of seeds"),
         ({"output_type": "np"}, "use decode="),
         ({"return_dict": False}, "return_dict= is not for you to give"),
         ({"seed": []}, r"seed=\[\] is no int, no list of ints"),

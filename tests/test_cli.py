@@ -116,6 +116,7 @@ def test_a_failed_check_ends_with_one(model: Path, monkeypatch: pytest.MonkeyPat
         (["run", "step-lens", "--preset", "slow"], "no preset 'slow'"),
         (["run", "step-lens", "--samplse", "3"], "Unrecognized options: --samplse"),
         (["run", "step-lens", "--samples", "three"], "--samples"),
+        (["reproduce", "--jobs", "0"], "--jobs 0: write 1 or more"),
         (["reproduce", "--engine", "steam"], "'nnsight', 'hooks'"),
         (["reproduce", "--model", "/no/such/folder"], "no folder /no/such/folder"),
         (["describe", "/no/such/folder"], "no folder /no/such/folder"),

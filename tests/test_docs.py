@@ -67,7 +67,7 @@ def test_the_notebook_was_run_in_order_and_is_small() -> None:
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
 
 
-@pytest.mark.parametrize("document", [*MARKDOWN, "CHANGELOG.md", NOTEBOOK.relative_to(ROOT).as_posix()])
+@pytest.mark.parametrize("document", [*MARKDOWN, "docs/pipelines.md", "CHANGELOG.md", NOTEBOOK.relative_to(ROOT).as_posix()])
 def test_links_within_the_repository_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):

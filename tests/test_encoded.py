@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from conftest import arguments, tiny_pipeline
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dit_lens as dl
+from dit_lens import encoded
 from dit_lens.encoded import KEPT, encoded_once, remembering
 
 
@@ -32,6 +34,21 @@ def test_each_of_a_few_values_is_computed_once(numbers: list[int]) -> None:
     for number in numbers:
         assert torch.equal(remembered(torch.full((2,), float(number))), torch.full((2,), 2.0 * number))
     assert counting.calls == len(set(numbers))
+
+
+def test_more_than_a_few_are_kept_while_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting, values = Counting(), [torch.full((2,), float(number)) for number in range(3 * KEPT)]
+    remembered = remembering(counting)
+    for value in values * 2:
+        remembered(value)
+    assert counting.calls == len(values)
+    monkeypatch.setattr(encoded, "KEPT_BYTES", values[0].nbytes * (KEPT + 1))
+    for value in values:
+        remembered(value + 0.5)
+    before = counting.calls
+    for value in reversed(values):
+        remembered(value + 0.5)
+    assert counting.calls == before + len(values) - (KEPT + 1)
 
 
 def test_what_differs_in_anything_is_computed_anew() -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = """
-dit_lens.errors dit_lens.turns
+dit_lens.errors dit_lens.turns dit_lens.side_by_side
 dit_lens.files
 dit_lens.reasoner.board dit_lens.reasoner.settings
 dit_lens.reasoner.unmixing
@@ -45,7 +45,7 @@ dit_lens.store
 dit_lens.edits
 dit_lens.knockout dit_lens.latent_edits
 dit_lens.editor
-dit_lens.batching dit_lens.loading dit_lens.describe dit_lens.encoded dit_lens.checks
+dit_lens.batching dit_lens.decoding dit_lens.loading dit_lens.describe dit_lens.encoded dit_lens.checks
 dit_lens.lens
 dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
@@ -66,6 +66,8 @@ dit_lens.coverage.truth
 dit_lens.coverage.rows
 dit_lens.coverage.page
 dit_lens.coverage dit_lens.coverage.__main__
+dit_lens.small_pipelines.page
+dit_lens.small_pipelines.__main__
 dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build dit_lens.plants.features

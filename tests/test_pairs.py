@@ -56,6 +56,8 @@ def test_arguments_of_single_samples_become_those_of_one_call() -> None:
     own = {"height": 4, "negative_prompt": "nothing", "last_image": None}
     one = Sample({**own, "prompt": "a", "image": image, "prompt_embeds": torch.zeros(1, 5, 2)})
     two = Sample({**own, "prompt": ["b"], "image": image[None], "prompt_embeds": torch.ones(5, 2)})
+    for number, each in enumerate((one, two)):  # of one prompt already, as pipelines take them
+        each.inputs.update(class_labels=[number], pooled_prompt_embeds=torch.ones(1, 3), prompt_attention_mask=torch.ones(1, 5))
     joined = joined_inputs([one, two])
     assert joined["prompt"] == ["a", "b"]
     assert joined["negative_prompt"] == ["nothing", "nothing"]
@@ -63,6 +65,9 @@ def test_arguments_of_single_samples_become_those_of_one_call() -> None:
     assert joined["height"] == 4
     assert torch.equal(joined["image"], torch.stack([image, image]))
     assert joined["prompt_embeds"].shape == (2, 5, 2)
+    assert joined["pooled_prompt_embeds"].shape == (2, 3)
+    assert joined["prompt_attention_mask"].shape == (2, 5)
+    assert joined["class_labels"] == [0, 1]
     assert joined_inputs([one]) == one.inputs
 
 

@@ -147,6 +147,11 @@ class _Discovery:
                 " rows and tokens are in another order; describe it with a record"
             )
         _check_streams(f"blocks of {path} of the {self.name}", [piece.streams for piece in pieces])
+        if EXTRA in flat and not isinstance(self.arguments[_latents(self.denoiser, self.arguments)], Tensor):
+            raise Undecided(
+                f"blocks of {path} of the {self.name} have extra tokens in the sequences of samples that come as a list: how many"
+                " there are depends on the lengths of these; describe it with a record"
+            )
         _check_fed(self.denoiser, self.arguments, members, carried)
         for regions in held:
             for stream, count in regions:

@@ -43,7 +43,8 @@ def outline(pipe: Any, denoisers: Mapping[str, nn.Module], inputs: Mapping[str, 
 
 def settings_of(value: Any) -> Any:
     """What of an argument the outline of a run depends on: numbers and choices as they are, of anything else its kind."""
-    if isinstance(value, (bool, int, float)) or value is None:
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(one, (int, float)) for one in value)
+    if isinstance(value, (bool, int, float)) or numbers or value is None:
         return repr(value)
     return (type(value).__name__, getattr(value, "shape", None) or (len(value) if isinstance(value, (list, tuple)) else None))
 
@@ -111,11 +112,13 @@ def _watching(pipe: Any, denoisers: Mapping[str, nn.Module], calls: list[dict[st
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in denoisers.values()]
     # Pipelines look at the parameters of this method.
     step.__signature__ = inspect.signature(pipe.scheduler.step)  # pyright: ignore[reportFunctionMemberAccess]
+    own = {name: value for name, value in vars(pipe.scheduler).items() if name == "step"}
     vars(pipe.scheduler)["step"] = step
     try:
         yield
     finally:
         del vars(pipe.scheduler)["step"]
+        vars(pipe.scheduler).update(own)
         for handle in handles:
             handle.remove()
         if hasattr(pipe, "maybe_free_model_hooks"):

@@ -102,7 +102,7 @@ def _hooked(block: nn.Module, inside: Inside) -> Iterator[None]:
     for name, module in parts(block):
         if name:
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: inside.path.append(name)))
-            handles.append(module.register_forward_hook(partial(_after, inside, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(_left, inside, name), with_kwargs=True))
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ def _hooked(block: nn.Module, inside: Inside) -> Iterator[None]:
             handle.remove()
 
 
-def _after(inside: Inside, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _left(inside: Inside, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     inside.path.pop()
     inside.returned.append(Returned(name, (args, kwargs), output))
 

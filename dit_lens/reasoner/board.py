@@ -61,9 +61,11 @@ def paint(boards: UInt8[np.ndarray, "*batch 16 16"]) -> UInt8[np.ndarray, "*batc
 
 def square_colours(video: Float[np.ndarray, "*batch 64 64 3"]) -> Float[np.ndarray, "*batch 16 16 3"]:
     """Mean colour of every square, in the unit of the video ([0, 1])."""
-    # Rows first, then columns: three times as fast as both at once.
-    rows = reduce(video, "... (y py) x c -> ... y x c", "mean", py=PIXELS)
-    return reduce(rows, "... (x px) c -> ... x c", "mean", px=PIXELS)
+    # Sums of slices, rows first: three times as fast as a mean over short axes, and videos are read by the ten thousand.
+    lines = video.reshape(*video.shape[:-3], SQUARES, PIXELS, SQUARES * PIXELS * 3)
+    rows = sum(lines[..., line, :] for line in range(PIXELS))
+    columns = np.asarray(rows).reshape(*video.shape[:-3], SQUARES, SQUARES, PIXELS, 3)
+    return np.asarray(sum(columns[..., column, :] for column in range(PIXELS))) / PIXELS**2
 
 
 def read(video: Float[np.ndarray, "*batch 64 64 3"]) -> UInt8[np.ndarray, "*batch 16 16"]:

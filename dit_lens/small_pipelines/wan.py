@@ -1,10 +1,12 @@
-"""Small pipelines of Wan: text to video, image to video with two experts, the 5B form, and VACE."""
+"""Small pipelines of Wan: text to video, image to video with two experts, the 5B form, VACE, and Animate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffusers import (
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -12,6 +14,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from dit_lens.plants import parts
 from dit_lens.plants.parts import LATENT_CHANNELS, TEXT_DIMENSION, TEXT_LENGTH
@@ -107,6 +110,43 @@ def vace() -> WanVACEPipeline:
     return made(WanVACEPipeline, **around(), transformer=transformer)
 
 
+FACE = 16
+"""Pixels of a face, each way."""
+
+
+def moving(size: tuple[int, int] = (32, 16)) -> list[Image.Image]:
+    """Nine pictures of something that turns: one segment of Animate."""
+    return [picture().rotate(10 * number).resize(size) for number in range(9)]
+
+
+def animate() -> WanAnimatePipeline:
+    """A picture is led by videos of a pose and of a face; it lies as a frame before those of the video."""
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    transformer = alive(
+        WanAnimateTransformer3DModel,
+        **sizes(LATENT_CHANNELS + 4 + LATENT_CHANNELS),
+        latent_channels=LATENT_CHANNELS,
+        image_dim=8,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 4},
+        motion_encoder_size=FACE,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=12,
+        face_encoder_hidden_dim=8,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+    return made(
+        WanAnimatePipeline,
+        **around(),
+        transformer=transformer,
+        image_encoder=made(CLIPVisionModel, config=vision),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+    )
+
+
 ALL = (
     SmallPipeline(
         name="wan",
@@ -169,5 +209,21 @@ ALL = (
         prediction="flow",
         schedulers=SCHEDULERS,
         layout=(3, 2, 4),
+    ),
+    SmallPipeline(
+        name="wan-animate",
+        make=animate,
+        inputs={
+            **{name: value for name, value in INPUTS.items() if name != "num_frames"},
+            "image": picture(),
+            "pose_video": moving(),
+            "face_video": moving((FACE, FACE)),
+            "segment_frame_length": 9,
+        },
+        guidance="sequential with context",
+        branches=("cond", "uncond"),
+        prediction="flow",
+        schedulers=SCHEDULERS,
+        layout=(4, 2, 4),
     ),
 )

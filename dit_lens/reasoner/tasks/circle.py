@@ -98,7 +98,7 @@ class CircleTask(Task):
             if item == puzzle.target:
                 row, column = (PITCH * i for i in divmod(slot, 3))
                 target[row + 1 : row + 4, column + 1 : column + 4] = drawn[row + 1 : row + 4, column + 1 : column + 4]
-                rings[tuple(np.array(ring(slot)).T)] = True
+                rings[RINGS[slot]] = True
         return {"target": target, "distractor": drawn & ~target, "answer": rings, "background": ~drawn & ~rings}
 
     def wrong(self, puzzle: Objects, random: np.random.Generator) -> Answer:
@@ -111,7 +111,7 @@ class CircleTask(Task):
     def judge(self, boards: UInt8[np.ndarray, "frames 16 16"], sample: Sample) -> Score:
         """The slots whose ring is closed in the last frame: right if they are all the targets and nothing else is drawn."""
         last, puzzle = boards[-1], sample.puzzle
-        drawn = [sum(last[square] == Colour.CYAN for square in ring(slot)) for slot in range(9)]
+        drawn = [int((last[RINGS[slot]] == Colour.CYAN).sum()) for slot in range(9)]
         circled = frozenset(slot for slot, count in enumerate(drawn) if count >= len(RING) - 1)
         if not circled:
             return Score(False, None, None, "nothing is circled")
@@ -131,3 +131,7 @@ def ring(slot: int) -> list[tuple[int, int]]:
     squares = [(PITCH * row + y, PITCH * column + x) for y, x in RING]
     assert max(max(s) for s in squares) < SQUARES
     return squares
+
+
+RINGS = [tuple(np.array(ring(slot)).T) for slot in range(9)]
+"""The rings of all slots, as indices into a board."""

@@ -1,0 +1,46 @@
+"""Latents as video, as the pipeline itself decodes them at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dit_lens.errors import InputError
+from dit_lens.taps import to_host
+
+DECODED_LATENTS = 2**18
+"""How many latent positions (rows x frames x height x width) an accelerator decodes at a time."""
+
+
+def decode(
+    pipe: Any, latents: Float[Tensor, ...], rows: int | None = None
+) -> Float[Tensor, "*batch video_frames video_height video_width 3"]:
+    """Latents of (..., channels, frames, height, width) as video in [0, 1]; as `Lens.decode`.
+
+    Raises:
+        InputError: the pipeline's latents are scaled otherwise than by a mean and a deviation of each channel.
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    statistics = [getattr(vae, "config", {}).get(name) for name in ("latents_mean", "latents_std")]
+    known = all(statistics) and getattr(vae, "config", {}).get("scaling_factor") in (None, 1) and hasattr(pipe, "video_processor")
+    if not known or latents.ndim < 4:
+        raise InputError(
+            f"latents of a {type(pipe).__name__} cannot be decoded alone, only those of videos that the VAE scales by its"
+            " latents_mean and latents_std and by nothing else; what the pipeline decodes at its end is in Run.video"
+        )
+    leading = latents.shape[:-4]
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(pipe._execution_device, vae.dtype) for values in statistics)
+    if rows is None:
+        rows = 8 if mean.device.type == "cpu" else max(1, DECODED_LATENTS // latents[..., 0, :, :, :].shape[-3:].numel())
+    videos = []
+    with torch.no_grad():
+        for chunk in latents.flatten(0, -5).split(rows) if leading else [latents[None]]:
+            # Divided by the inverse, as the pipeline does it: another order rounds differently.
+            scaled = chunk.to(mean.device, vae.dtype) / (1.0 / std) + mean
+            decoded = vae.decode(scaled, return_dict=False)[0]
+            frames = pipe.video_processor.postprocess_video(decoded, output_type="pt")
+            videos.append(to_host(frames.movedim(2, -1)))
+    return torch.cat(videos).unflatten(0, leading) if leading else torch.cat(videos)[0]
