@@ -258,7 +258,7 @@ def test_what_a_text_is_padded_with_is_text_and_a_padded_picture_is_refused() ->
         found = discover(denoiser, {**arguments, "cap_feats": [torch.randn(words, 16) for _ in range(2)]})
         assert found.tokens == {"visual": 32, "text": 32 if words == 20 else 64}
         assert [stack.streams for stack in found.stacks] == [("visual",), ("visual", "text")]
-    with pytest.raises(Undecided, match="are padded to 32, and how many these are depends on the size"):
+    with pytest.raises(Undecided, match="extra tokens in the sequences of samples that come as a list"):
         discover(denoiser, {**arguments, "x": [torch.randn(4, 1, 8, 12) for _ in range(2)]})
 
 

@@ -99,30 +99,7 @@ class _Discovery:
         patches = (mark.patches(self.tokens[VISUAL]) for mark in marks)
         aside = tuple(path for path in self.lists if path not in kept)
         found = next((one for one in patches if one is not None), None)
-        if found is not None:
-            self._check_padding(found)
         return Found(marks[0].latents, tuple(self.stacks), aside, self.tokens, found)
-
-    def _check_padding(self, patches: Patches) -> None:
-        """Refuse visual tokens that are padded: with latents that are smaller by one patch, as many are others."""
-        first = self._first(self.stacks[0].path)
-        held = [name for name in self.stacks[0].parameters if first.given[name].shape[1] > self.tokens[VISUAL]]
-        if patches.packed or EXTRA not in self.stacks[0].streams or not held:
-            return
-        name = latents_of(self.denoiser, self.arguments)
-        latents, before = self.arguments[name], first.given[held[0]].shape[1]
-        smaller = [one[..., : one.shape[-1] - patches.size[-1]] for one in latents]
-        given = torch.stack(smaller) if isinstance(latents, Tensor) else type(latents)(smaller)
-        fewer = self.tokens[VISUAL] * patches.size[-1] // latents[0].shape[-1]
-        try:
-            after = watched(self.denoiser, {**self.arguments, name: given}, until=first.path)[-1].given[held[0]].shape[1]
-        except (RuntimeError, ValueError, IndexError):
-            return  # other arguments go with the size of the latents
-        if after != before - fewer:
-            raise Undecided(
-                f"the visual tokens of the {self.name} are padded to {before}, and how many these are depends on the size: choose"
-                " a size without, or describe it with a record"
-            )
 
     def _first(self, path: str) -> Call:
         return next(call for call in self.calls if call.path == path)
@@ -147,7 +124,7 @@ class _Discovery:
                 " rows and tokens are in another order; describe it with a record"
             )
         _check_streams(f"blocks of {path} of the {self.name}", [piece.streams for piece in pieces])
-        if EXTRA in flat and not isinstance(self.arguments[_latents(self.denoiser, self.arguments)], Tensor):
+        if EXTRA in flat and not isinstance(self.arguments[latents_of(self.denoiser, self.arguments)], Tensor):
             raise Undecided(
                 f"blocks of {path} of the {self.name} have extra tokens in the sequences of samples that come as a list: how many"
                 " there are depends on the lengths of these; describe it with a record"
