@@ -10,7 +10,7 @@ LATEST := nnsight diffusers transformers accelerate torch
 ENGINE := $(addprefix tests/test_,tracing.py engines.py detours.py sites.py schedule.py replay.py batching.py loading.py \
 	noise.py noise_of_pipelines.py small_pipelines.py discovery.py guidance.py anatomy.py)
 
-.PHONY: install test check canary reproduce figures plants clean
+.PHONY: install test check canary reproduce figures plants coverage clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +53,10 @@ figures: install
 # docs/tools.md: every tool on every planted model, ten to twenty minutes on one core; fails where the table does not hold.
 plants: install
 	$(BIN)/python -m dit_lens.plants --out docs
+
+# docs/coverage.md: every transformer class of the installed diffusers, two minutes on two cores; fails where one is wrong.
+coverage: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m dit_lens.coverage --out docs
 
 clean:
 	rm -rf $(VENV) $(CANARY) $(OUT) build dist *.egg-info

@@ -1,13 +1,14 @@
 """Conformance: whether what a record says of a denoiser is true, asked of the denoiser itself, in one of its calls.
 
-Each check compares what the lens shows with something that is known without it: the untouched output, the other engine, a sum
-that must come out, attention computed anew, a mark in the latents. A record that was found by watching is held to the same.
+Each check compares what the lens shows with something that is known without it: the untouched output, the other engine, plain
+torch hooks, a sum that must come out, attention computed anew, a mark in the latents. A record that was found by watching is
+held to the same. What is asked of the modules alone is in `conformance_modules`, of streams and tokens in `conformance_streams`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,199 +16,158 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dit_lens.architectures import Architecture, Block
-from dit_lens.architectures.watching import watched
+from dit_lens.architectures import Architecture
 from dit_lens.attention import masked_attention
-from dit_lens.calls import sample_of
+from dit_lens.check_report import Check, Finding, asked
+from dit_lens.conformance_modules import Modules
+from dit_lens.conformance_streams import Streams
 from dit_lens.errors import InputError, listed
 from dit_lens.hooks import HookEngine
+from dit_lens.one_call import OneCall, Place, relative
 from dit_lens.taps import Attention, Bypass, Engine, Tap, to_host
 
-EXPERT = "transformer"
 ADDED = 0.5
 """What is added to an activation to see that it counts."""
 CLOSE = 1e-4
 """Relative errors below this are rounding, in float32; in other precisions it is scaled to theirs."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """A check, whether it passed, and what was found; `passed` is None where there was nothing to check."""
-
-    name: str
-    passed: bool | None
-    found: str
-
-
-Place = tuple[int, str, str]
-"""(block, site, stream)."""
-
-
 class Conformance:
     """The checks of one denoiser, on one of its calls.
 
     Args:
-        architecture: what is said of it. arguments: of the call, by name.
+        architecture: what is said of it. arguments: of the call, by name. engines: those to compare, by name; both when left
+            out.
     """
 
-    def __init__(self, denoiser: nn.Module, architecture: Architecture, arguments: Mapping[str, Any]) -> None:
-        self.denoiser = denoiser
-        self.architecture = architecture
-        self.given = dict(arguments)
-        self.blocks: list[Block] = architecture.blocks(denoiser)
-        self.places: list[Place] = [(i, *place) for i, block in enumerate(self.blocks) for place in block.stack.offered]
-        pipe = SimpleNamespace(**{architecture.experts[0]: denoiser})
-        self.expert = architecture.experts[0]
-        self.engines: dict[str, Engine] = {"hooks": HookEngine(pipe, architecture), "nnsight": _tracing(pipe, architecture)}
-        with torch.no_grad():
-            self.plain = to_host(sample_of(denoiser(**self.given)))
-        precision = torch.finfo(self.plain.dtype).eps / torch.finfo(torch.float32).eps
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        architecture: Architecture,
+        arguments: Mapping[str, Any],
+        engines: Mapping[str, Engine] | None = None,
+    ) -> None:
+        if engines is None:
+            pipe = SimpleNamespace(**{architecture.experts[0]: denoiser})
+            engines = {"hooks": HookEngine(pipe, architecture), "nnsight": _tracing(pipe, architecture)}
+        self.once = OneCall(denoiser, architecture, dict(arguments), engines)
+        self.modules, self.streams = Modules(self.once), Streams(self.once)
+        self.places = self.once.places
+        precision = torch.finfo(self.once.plain.dtype).eps / torch.finfo(torch.float32).eps
         self.close = min(CLOSE * precision, 0.05)
 
     def checks(self) -> list[Check]:
         """All of them; one that raises has not passed."""
-        named: dict[str, Callable[[], tuple[bool | None, str]]] = {
+        named: dict[str, Callable[[], Finding]] = {
             "recording every site leaves the output as it is": self.untouched,
             "both engines show the same at every site": self.engines_agree,
-            "what a block returns is what the next one takes": self.handed_on,
+            "blocks run once, in their order": self.modules.order,
+            "what is shown is what plain hooks see": self.modules.shown,
+            "attention mixes tokens, an MLP does not": self.modules.kinds,
+            "attention and MLPs all have their sites": self.modules.complete,
+            "every stream is made of what it is named for": self.streams.made_of,
+            "a mark in the latents reaches the token that the layout says": self.streams.layout,
+            "what a block returns is what the next one takes": self.streams.handed_on,
             "the update is what the block added to its stream": self.updates,
+            "contributions add up to the update": self.contributions,
             "an edit at every site counts, and is the same on both engines": self.edits,
             "a skipped block hands on its streams": self.skips,
             "heads add up to the attention's output": self.heads,
+            "q and v make what the attention returns": self.inside,
             "attention computed from q, k and v is the model's own": self.attention,
-            "a mark in the latents reaches the token that the layout says": self.layout,
-            "attention and MLPs all have their sites": self.complete,
         }
-        found = []
-        for name, ask in named.items():
-            try:
-                passed, what = ask()
-            except Exception as error:
-                passed, what = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            found.append(Check(name, passed, what))
-        return found
+        return asked(named)
 
-    # What an engine does in one call.
-
-    def call(
-        self,
-        engine: str,
-        taps: Sequence[Tap] = (),
-        bypasses: Sequence[Bypass] = (),
-        attentions: Sequence[Attention] = (),
-    ) -> Tensor:
-        """The denoiser's output, with taps and the like in place."""
-        with torch.no_grad():
-            return to_host(sample_of(self.engines[engine].call(lambda: self.denoiser(**self.given), taps, bypasses, attentions)))
-
-    def seen(self, engine: str, places: Sequence[Place]) -> tuple[dict[Place, Tensor], Tensor]:
-        """What passes at some places, and the denoiser's output."""
-        found: dict[Place, Tensor] = {}
-
-        def tap(place: Place) -> Tap:
-            block, site, stream = place
-            return Tap(self.expert, block, site, lambda tensor: found.__setitem__(place, to_host(tensor)), stream)
-
-        output = self.call(engine, [tap(place) for place in places])
-        return found, output
-
-    # The checks.
-
-    def untouched(self) -> tuple[bool, str]:
+    def untouched(self) -> Finding:
         """The output is the same to the bit while every site is read."""
-        outputs = [self.seen(engine, self.places)[1] for engine in self.engines]
-        same = [torch.equal(output, self.plain) for output in outputs]
-        return all(
-            same
-        ), f"bit-identical on {listed(name for name, one in zip(self.engines, same, strict=True) if one) or 'none'}"
+        taps = [Tap(self.once.expert, block, site, lambda tensor: None, stream) for block, site, stream in self.places]
+        outputs = {name: self.once.call(name, taps) for name in self.once.engines}
+        same = [name for name, output in outputs.items() if torch.equal(output, self.once.plain)]
+        return len(same) == len(outputs), f"bit-identical on {listed(same) or 'none'}"
 
-    def engines_agree(self) -> tuple[bool, str]:
+    def engines_agree(self) -> Finding:
         """Every site was seen once, with the same bits."""
-        ours, theirs = (self.seen(engine, self.places)[0] for engine in self.engines)
-        same = sum(place in ours and place in theirs and torch.equal(ours[place], theirs[place]) for place in self.places)
+        ours, theirs = (self.once.digests(name, self.places) for name in self.once.engines)
+        same = sum(place in ours and ours[place] == theirs.get(place) for place in self.places)
         return same == len(self.places), f"{same} of {len(self.places)} bit-identical"
 
-    def handed_on(self) -> tuple[bool | None, str]:
-        """Within a stack, the streams that a block takes are those that the one before it returned."""
-        taken = self._taken()
-        places = [(i, "resid", stream) for i, block in enumerate(self.blocks) for stream in block.stack.streams]
-        given = self.seen("hooks", places)[0]
-        pairs = [
-            (taken[block + 1][stream], given[block, "resid", stream])
-            for block, _, stream in places
-            if block + 1 < len(self.blocks)
-            and self.blocks[block].stack.path == self.blocks[block + 1].stack.path
-            and stream in taken[block + 1]
-        ]
-        same = sum(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
-        if not pairs:
-            return None, "one block"
-        if same < len(pairs) and all(one.shape == other.shape for one, other in pairs):
-            return None, f"{same} of {len(pairs)}: something is added between the blocks"
-        return same == len(pairs), f"{same} of {len(pairs)} streams"
-
-    def _taken(self) -> list[dict[str, Tensor]]:
-        """The streams that every block takes, each as it stood before the block ran."""
-        taken: list[dict[str, Tensor]] = [{} for _ in self.blocks]
-
-        def bypass(block: int) -> Bypass:
-            def instead(streams: Mapping[str, Tensor]) -> None:
-                taken[block] = {name: to_host(tensor) for name, tensor in streams.items()}
-
-            return Bypass(self.expert, block, instead)
-
-        self.call("hooks", bypasses=[bypass(block) for block in range(len(self.blocks))])
-        return taken
-
-    def updates(self) -> tuple[bool, str]:
+    def updates(self) -> Finding:
         """What the block took and its update make what it returned."""
-        taken = self._taken()
-        places = [(i, stream) for i, block in enumerate(self.blocks) for stream in block.stack.streams]
-        every = [(i, site, stream) for i, stream in places for site in ("resid", "update")]
-        seen = self.seen("hooks", every)[0]
+        taken = self.once.taken(self.once.sample)
+        places = [(i, stream) for i, stream in self.once.stream_places if i in taken]
+        seen = self.once.seen("hooks", [(i, site, stream) for i, stream in places for site in ("resid", "update")])[0]
         errors = [
-            _relative(taken[i][stream].float() + seen[i, "update", stream], seen[i, "resid", stream].float())
+            relative(taken[i][stream].float() + seen[i, "update", stream], seen[i, "resid", stream].float())
             for i, stream in places
         ]
         return max(errors) < self.close, f"relative error {max(errors):.1g}"
 
-    def edits(self) -> tuple[bool, str]:
+    def contributions(self) -> Finding:
+        """What the modules of a block contribute adds up to its update."""
+        parts: dict[tuple[int, str], list[Place]] = {}
+        for place in self.once.sampled():
+            if self.once.site(place).measures == "contribution":
+                parts.setdefault((place[0], place[2]), []).append(place)
+        if not parts:
+            return None, "the record names none"
+        every = [place for places in parts.values() for place in places]
+        wholes = [(block, site, stream) for block, stream in parts for site in ("resid", "update")]
+        seen = self.once.seen("hooks", [*every, *wholes])[0]
+        errors = [
+            ((torch.stack([seen[place] for place in places]).sum(0) - seen[block, "update", stream]).norm()).item()
+            / seen[block, "resid", stream].float().norm().item()
+            for (block, stream), places in parts.items()
+        ]
+        return max(errors) < self.close, f"relative error {max(errors):.1g} over {len(parts)} blocks"
+
+    def edits(self) -> Finding:
         """Something added at any site that can be replaced changes the output, and both engines agree on how.
 
-        In the first and the last block of each kind: others are built as these are.
+        In the first block of each kind: others are built as these are. Engines are compared with all of it at once, and one
+        by one only where they differ.
         """
-        kinds = [(block.stack.path, block.stack.sites, block.stack.streams) for block in self.blocks]
-        chosen = {i for kind in kinds for i in (kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind))}
-        places = [place for place in self.places if place[0] in chosen and not self._site(place).read_only]
-        idle, differing = [], []
-        for place in places:
-            block, site, stream = place
-            tap = Tap(self.expert, block, site, lambda tensor: tensor + ADDED, stream)
-            ours, theirs = (self.call(engine, [tap]) for engine in self.engines)
-            if not torch.equal(ours, theirs):
-                differing.append(place)
-            if torch.equal(ours, self.plain) and not self._unheard(place):
-                idle.append(place)
-        if differing or idle:
-            what = f"differ at {_named(differing)}" if differing else f"nothing changes at {_named(idle)}"
-            return False, f"{what} of {len(places)} sites"
+        places = [place for block in self.once.kinds() for place in self._editable(block)]
+        idle = [place for place in places if torch.equal(self._edited("hooks", [place]), self.once.plain)]
+        idle = [place for place in idle if not self._unheard(place)]
+        if idle:
+            return False, f"nothing changes at {_named(idle)} of {len(places)} sites"
+        if not torch.equal(*(self._edited(name, places) for name in self.once.engines)):
+            differing = [
+                place for place in places if not torch.equal(*(self._edited(name, [place]) for name in self.once.engines))
+            ]
+            return False, f"differ at {_named(differing)} of {len(places)} sites" if differing else "differ, all together"
         return True, f"{len(places)} sites"
+
+    def _editable(self, block: int) -> list[Place]:
+        return [place for place in self.places if place[0] == block and not self.once.site(place).read_only]
+
+    def _edited(self, engine: str, places: Sequence[Place]) -> Tensor:
+        """The output with something added at some places."""
+        expert = self.once.expert
+        return self.once.call(
+            engine, [Tap(expert, block, site, lambda tensor: tensor + ADDED, stream) for block, site, stream in places]
+        )
 
     def _unheard(self, place: Place) -> bool:
         """Whether nobody can hear a place: a stream that nobody reads after its last block, keys of which all get more alike."""
         block, site, stream = place
-        later = any(stream in one.stack.streams for one in self.blocks[block + 1 :])
+        later = any(stream in one.stack.streams for one in self.once.blocks[block + 1 :])
         # A softmax forgets what is added to every score; the text of a last block has no reader.
         return site.startswith("k") or (stream != "visual" and not later)
 
-    def skips(self) -> tuple[bool | None, str]:
+    def skips(self) -> Finding:
         """The first block of every stack, left out, hands on what it took; both engines agree."""
-        starts = [i for i, block in enumerate(self.blocks) if i == 0 or block.stack.path != self.blocks[i - 1].stack.path]
-        taken = self._taken()
-        try:
-            wrong = [block for block in starts if not self._skipped(block, taken[block])]
-        except InputError as error:
-            return None, f"refused: {error}"
+        blocks = self.once.blocks
+        starts = [i for i, block in enumerate(blocks) if i == 0 or block.stack.path != blocks[i - 1].stack.path]
+        taken = self.once.taken(starts)
+        wrong, refused = [], ""
+        for block in starts:
+            try:
+                wrong += [] if self._skipped(block, taken[block]) else [block]
+            except InputError as error:
+                refused = str(error)
+        if refused and not wrong:
+            return None, f"refused: {refused}"
         return not wrong, f"blocks {listed(map(str, starts))}" + (f", wrong at {listed(map(str, wrong))}" if wrong else "")
 
     def _skipped(self, block: int, taken: Mapping[str, Tensor]) -> bool:
@@ -215,110 +175,82 @@ class Conformance:
         found: dict[tuple[str, str], Tensor] = {}
 
         def tap(engine: str, stream: str) -> Tap:
-            return Tap(self.expert, block, "resid", lambda tensor: found.__setitem__((engine, stream), to_host(tensor)), stream)
+            def visit(tensor: Tensor) -> None:
+                found[engine, stream] = to_host(tensor)
 
-        bypass = Bypass(self.expert, block, lambda streams: streams)
-        outputs = [self.call(engine, [tap(engine, stream) for stream in taken], [bypass]) for engine in self.engines]
+            return Tap(self.once.expert, block, "resid", visit, stream)
+
+        bypass = Bypass(self.once.expert, block, lambda streams: streams)
+        outputs = [self.once.call(name, [tap(name, stream) for stream in taken], [bypass]) for name in self.once.engines]
         same = all(torch.equal(tensor, taken[stream]) for (_, stream), tensor in found.items())
         return same and len(found) == len(outputs) * len(taken) and torch.equal(*outputs)
 
-    def heads(self) -> tuple[bool | None, str]:
+    def heads(self) -> Finding:
         """The output projection of the heads, with its bias, is what the attention returns."""
         places = [
             place
-            for place in self.places
-            if place[1] == "heads" and (place[0], "attn", place[2]) in self.places and self._site(place).port == "input"
+            for place in self.once.sampled("heads")
+            if (place[0], "attn", place[2]) in self.places and self.once.site(place).port == "input"
         ]
         if not places:
             return None, "no heads, or no projection of their own"
-        seen = self.seen("hooks", [*places, *((block, "attn", stream) for block, _, stream in places)])[0]
+        seen = self.once.seen("hooks", [*places, *((block, "attn", stream) for block, _, stream in places)])[0]
+        queries = self.once.seen("hooks", self.once.sampled("q"))[0]
         errors, elsewhere = [], 0
         for place in places:
             block, _, stream = place
-            projection: Any = self.blocks[block].module.get_submodule(self._site(place).module)
+            projection: Any = self.once.blocks[block].module.get_submodule(self.once.site(place).module)
+            heads = queries[block, "q", stream].shape[2] if (block, "q", stream) in queries else 0
             weight, bias = (None if one is None else to_host(one) for one in (projection.weight, projection.bias))
             assert weight is not None
+            if heads and heads != seen[place].shape[2]:
+                return False, f"{seen[place].shape[2]} heads in block {block}, whose queries have {heads}"
             made, returned = linear(seen[place].flatten(2), weight, bias), seen[block, "attn", stream]
-            error = _relative(made, returned) if made.shape == returned.shape else float("inf")
-            # Some attention does more after its projection, as to scale or to gate it; then nothing is claimed.
+            error = relative(made, returned) if made.shape == returned.shape else float("inf")
             elsewhere += error > self.close
             errors.append(error)
-        if elsewhere == len(places):
-            return None, "the attention does more after its projection"
         return not elsewhere, f"relative error {max(errors):.1g} at {len(places)} places"
 
-    def attention(self) -> tuple[bool | None, str]:
+    def attention(self) -> Finding:
         """Attention answered with weights that were computed anew leaves the output as it was, up to rounding."""
-        blocks = [block for block, site, stream in self.places if site == "qk" and stream == "visual"]
+        blocks = [block for block, _, stream in self.once.sampled("qk") if stream == "visual"]
         if not blocks:
             return None, "no attention of which every query sees every key"
 
+        asked_for: list[Tensor] = []
+
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            asked_for.append(query[:0])
             allowed = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
             return masked_attention(query, key, value, allowed)
 
-        answers = [Attention(self.expert, block, "attn", attend) for block in blocks]
-        errors = [_relative(self.call(engine, attentions=answers), self.plain) for engine in self.engines]
+        answers = [Attention(self.once.expert, block, "attn", attend) for block in blocks]
+        errors = [relative(self.once.call(name, attentions=answers), self.once.plain) for name in self.once.engines]
+        if len(asked_for) != len(blocks) * len(errors):
+            return False, f"{len(asked_for)} of {len(blocks) * len(errors)} calls were asked for"
         return max(errors) < self.close, f"relative error {max(errors):.1g} over {len(blocks)} blocks"
 
-    def layout(self) -> tuple[bool | None, str]:
-        """Noise in one patch of the latents reaches one visual token, with the number that the layout gives it."""
-        patches = self.architecture.patches
-        latents = self.given[self.architecture.latents]
-        layout = self.architecture.layout(self.denoiser, self.given)
-        if not isinstance(latents, Tensor):
-            return None, "latents come as a list"
-        axes = patches.axes if patches is not None else "cfhw"
-        size = patches.size if patches is not None else tuple(_config(self.denoiser).patch_size)
-        kept = [axis for axis in axes if axis != "c"]
-        counts = [latents.shape[1 + axes.index(axis)] // width for axis, width in zip(kept, size, strict=True)]
-        tried = [[0] * len(counts), [count - 1 for count in counts], [count // 2 for count in counts]]
-        before = self._first(self.given)
-        wrong = []
-        for place in tried:
-            marked = latents.clone()
-            where: list[Any] = [slice(None)] * latents.ndim
-            for axis, index, width in zip(kept, place, size, strict=True):
-                where[1 + axes.index(axis)] = index * width + width - 1
-            marked[tuple(where)] += 1.5
-            after = self._first({**self.given, self.architecture.latents: marked})
-            token = 0
-            for index, count in zip(place, counts, strict=True):
-                token = token * count + index
-            moved = {name: (before[name] != after[name]).any(dim=-1).any(dim=0).nonzero().flatten().tolist() for name in before}
-            if not any(
-                its == [token + offset] for name, its in moved.items() for offset in self._offsets(before[name], layout.tokens)
-            ):
-                wrong.append(place)
-        shape = " x ".join(map(str, layout.shape))
-        return not wrong, f"{shape} tokens" + (f", wrong at {wrong[0]}" if wrong else "")
+    def inside(self) -> Finding:
+        """What is added to the queries, or to the values, of an attention changes what its module returns."""
+        pairs = [
+            (place, (place[0], f"attn{place[1][1:]}", place[2]))
+            for place in self.places
+            if place[0] in self.once.kinds() and re.fullmatch(r"[qv](_\d+)?", place[1])
+        ]
+        if not pairs:
+            return None, "no q and v"
+        wrong = [place for place, attention in pairs if not self._makes(place, attention)]
+        return not wrong, f"another attention's at {_named(wrong)}" if wrong else f"{len(pairs)} places"
 
-    def _offsets(self, tensor: Tensor, tokens: int) -> list[int]:
-        """Where visual tokens can begin in a sequence: at its start, or after what else is in it."""
-        return sorted({0, tensor.shape[1] - tokens}) if tensor.shape[1] >= tokens else []
-
-    def _first(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The sequences that the first module of any list takes: before anything has mixed tokens."""
-        lists = list(dict.fromkeys(call.path for call in watched(self.denoiser, given)))
-        tokens = self.architecture.layout(self.denoiser, given).tokens
-        for path in lists:
-            taken = watched(self.denoiser, given, until=path)[-1].taken()
-            if any(tensor.shape[1] >= tokens for tensor in taken.values()) and not self._only_text(path):
-                return taken
-        return {}
-
-    def _only_text(self, path: str) -> bool:
-        return any(part in path for part in ("context_refiner", "context_embedder", "text", "caption", "token_refiner"))
-
-    def complete(self) -> tuple[bool, str]:
-        """No attention and no MLP was seen that no site stands for."""
-        missed = {f"{block.stack.path}: {name}" for block in self.blocks for name in block.stack.missed}
-        offered = list(dict.fromkeys(site for _, site, _ in self.places))
-        return not missed, f"missed {listed(sorted(missed))}" if missed else listed(offered)
-
-    def _site(self, place: Place) -> Any:
+    def _makes(self, place: Place, attention: Place) -> bool:
+        """Whether something added at a place changes what an attention of that block returns."""
+        seen: list[Tensor] = []
         block, site, stream = place
-        return self.blocks[block].stack.site(site, stream)
+        taps = [Tap(self.once.expert, block, site, lambda tensor: tensor + ADDED, stream)]
+        # What is read comes after: of the text's last queries nothing may be left in the stream.
+        taps.append(Tap(self.once.expert, block, attention[1], lambda tensor: seen.append(to_host(tensor)), stream))
+        self.once.call("hooks", taps)
+        return not torch.equal(seen[0], self.once.seen("hooks", [attention])[0][attention])
 
 
 def _tracing(pipe: Any, architecture: Architecture) -> Engine:
@@ -326,16 +258,6 @@ def _tracing(pipe: Any, architecture: Architecture) -> Engine:
     from dit_lens.tracing import TracingEngine
 
     return TracingEngine(pipe, architecture)
-
-
-def _config(denoiser: nn.Module) -> Any:
-    return denoiser.config
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """The length of a difference in units of what is expected."""
-    found, expected = found.double(), expected.double()
-    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def _named(places: Sequence[Place]) -> str:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -31,6 +29,8 @@ from dit_lens.architectures import Architecture, Guidance, lookup
 from dit_lens.architectures.finding import find
 from dit_lens.architectures.guidance import Outline, outline, settings_of
 from dit_lens.calls import DenoiserCall, in_form_of, sample_of
+from dit_lens.check_report import CheckReport
+from dit_lens.checks import check
 from dit_lens.describe import Description, describe
 from dit_lens.editor import Editor, as_edits
 from dit_lens.edits import Edit
@@ -46,21 +46,11 @@ from dit_lens.run import Run
 from dit_lens.schedule import Clock, Forecast, StepClock, forecast, forecast_with
 from dit_lens.selection import Extent, Selector
 from dit_lens.taps import Attention, Bypass, Engine, Result, Tap, replaced_attribute
+from dit_lens.turns import one_at_a_time
 
 ENGINES = ("nnsight", "hooks")
 LIMIT_BYTES = 4 * 10**9
 """How much a run keeps at most, unless told otherwise."""
-
-
-class _Turn:
-    """Whose turn it is to run a pipeline."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.holder: int | None = None
-
-
-_turns: WeakKeyDictionary[Any, _Turn] = WeakKeyDictionary()
 
 
 def load(
@@ -175,6 +165,19 @@ class Lens:
     def describe(self) -> Description:
         """Experts, blocks, streams, sites, guidance, schedule and token layout; print it to see a table."""
         return describe(self.name, self.pipe, self.architecture)
+
+    def check(self, **inputs: Any) -> CheckReport:
+        """Check on short runs of this model that the lens sees it truly; print the report to see a table.
+
+        It costs some ten short runs, and thirty to a hundred calls of each denoiser.
+
+        Args:
+            inputs: the pipeline's arguments; what is not given is chosen (a prompt, a picture, 3 steps), but for its sizes.
+
+        Raises:
+            InputError: the pipeline needs further arguments, or is refused: the message says what was seen.
+        """
+        return check(self, inputs)
 
     def forecast(self, **inputs: Any) -> Forecast:
         """The schedule that a run with these pipeline arguments will follow: timesteps, sigmas, experts, branches."""
@@ -477,13 +480,6 @@ class Lens:
     @contextmanager
     def _alone(self, progress: bool) -> Iterator[None]:
         """One run of a pipeline at a time: the clock, the taps and nnsight all sit in the pipeline's own modules."""
-        turn = _turns.setdefault(self.pipe, _Turn())
-        if turn.holder == threading.get_ident():
-            raise RuntimeError("a lens cannot run inside a reducer, sink or edit of a run on the same pipeline")
         bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": not progress}
-        with turn.lock, replaced_attribute(self.pipe, "_progress_bar_config", bar):
-            turn.holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                turn.holder = None
+        with one_at_a_time(self.pipe), replaced_attribute(self.pipe, "_progress_bar_config", bar):
+            yield

@@ -73,6 +73,7 @@ class TracingEngine:
             model = attached.enter_context(_wrapped(workers))
             for worker in workers:
                 attached.callback(worker.module.register_forward_hook(worker.check).remove)
+            workers += [other for worker in workers for other in worker.beside()]
             for port in stops:
                 attached.enter_context(port.remembering())
             return _trace(model, function, workers)
@@ -116,6 +117,8 @@ class _Worker:
 
     def __init__(self, stop: Port | Detour) -> None:
         self._stop = stop
+        self._processor = -1
+        self._beside: list[_Worker] = []
         self._visits = 0
         self._executions = 0
         self._left: tuple[weakref.ref[Any], ...] = ()
@@ -127,9 +130,10 @@ class _Worker:
     def check(self, module: nn.Module, args: Any, output: Any) -> None:
         """A torch hook on the module, after all others: was this execution seen, and is what comes out what was seen?"""
         self._executions += 1
-        if self._visits != self._executions:
+        visits = self._visits + sum(other._visits for other in self._beside)
+        if visits != self._executions:
             raise InputError(
-                f"{self.path} ran {self._executions} times and nnsight saw {self._visits} of them: its forward was replaced"
+                f"{self.path} ran {self._executions} times and nnsight saw {visits} of them: its forward was replaced"
                 " during the run, or its attention went another way; write engine='hooks'"
             )
         if self._stop.kind == "output" and not self._passes(output):
@@ -137,6 +141,15 @@ class _Worker:
                 f"a torch hook on {self.path} replaces what it returns, after nnsight has seen it; write engine='hooks', whose"
                 " own hook comes after that one, or take it off"
             )
+
+    def beside(self) -> list[_Worker]:
+        """Workers of the same port for further places where an attention may call its processor, one of which it reaches."""
+        if self._stop.kind == "attention":
+            for place in range(len(_processors(self.envoy.source)) - 1):
+                other = _Worker(self._stop)
+                other.envoy, other._processor = self.envoy, place
+                self._beside.append(other)
+        return self._beside
 
     def _passes(self, output: Any) -> bool:
         """Whether these are the tensors that the visitors of an output left."""
@@ -202,8 +215,8 @@ class _Worker:
         cross-attention.
         """
         source = self.envoy.source
-        processors = [name for name in source.names if "processor" in name]
-        inside = source.node(processors[-1]).source if processors else source
+        processors = _processors(source)
+        inside = source.node(processors[self._processor]).source if processors else source
         for function, order in ATTENTION_CALLS.items():
             calls = [name for name in inside.names if function in name]
             if calls:
@@ -213,6 +226,11 @@ class _Worker:
             f"{where} never calls {' or '.join(ATTENTION_CALLS)}, where q, k and v are read; it calls {listed(inside.names)}; a"
             " function further inside is seen with engine='hooks'"
         )
+
+
+def _processors(source: Any) -> list[str]:
+    """nnsight's names of the places where an attention calls its processor."""
+    return [name for name in source.names if "processor" in name]
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -87,17 +87,23 @@ def test_interrupted_work_goes_on(toy: Toy, model: Path, tmp_path: Path, capsys:
 def test_describe_and_check(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["describe", str(model)]) == 0
     assert "3 blocks" in capsys.readouterr().out
-    assert cli.main(["check", str(model), "--height", "16", "--width", "16"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    sizes = ("--height", "16", "--width", "16", "--num-frames", "5")
+    assert cli.main(["check", str(model), *sizes, "--prompt", "walk the red maze"]) == 0
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert len(lines) == 24
     assert all(line.startswith("pass") for line in lines)
+    assert summary == "24 of 24 checks passed"
 
 
-def test_a_failed_check_ends_with_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_lens import checks
+def test_a_failed_check_ends_with_one(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from dit_lens import lens
+    from dit_lens.check_report import Check, CheckReport
 
-    monkeypatch.setattr(checks, "check", lambda *_: [checks.Check("sees", False, "nothing")])
+    monkeypatch.setattr(lens, "check", lambda *_: CheckReport((Check("sees", True, "all"), Check("knows", False, "nothing"))))
     assert cli.main(["check", str(model)]) == 1
+    shown = capsys.readouterr()
+    assert "FAIL  knows  nothing" in shown.out
+    assert "thirty to a hundred calls" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -117,6 +123,7 @@ def test_a_failed_check_ends_with_one(model: Path, monkeypatch: pytest.MonkeyPat
         (["describe", "reasoner", "--device", "abacus"], "abacus"),
         (["report", "/no/such/folder"], "no folder /no/such/folder"),
         (["report"], "write: dit-lens report DIR"),
+        (["check", "reasoner", "--image", "/no/such/picture.png"], "no picture /no/such/picture.png"),
         (["list", "all"], "write: dit-lens list"),
     ],
 )

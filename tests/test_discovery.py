@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_lens.architectures import Patches, Stack
 from dit_lens.architectures.discovery import Found, Undecided, discover
+from dit_lens.small_denoisers import denoiser as small_denoiser
 
 WIDTH, TEXT = 12, 5
 
@@ -248,6 +249,17 @@ def test_wan_is_found_as_its_record_says() -> None:
     found = discover(denoiser, {"hidden_states": torch.randn(1, 4, 3, 8, 6), **inputs})
     stack = Stack("blocks", ("visual",), ("hidden_states",), width=24)
     assert found == Found("hidden_states", (stack,), (), {"visual": 36}, Patches("cfhw", (1, 2, 2)))
+
+
+def test_what_a_text_is_padded_with_is_text_and_a_padded_picture_is_refused() -> None:
+    """How many tokens of padding there are depends on the prompt and the size, and no record could say it."""
+    denoiser, arguments = small_denoiser("ZImageTransformer2DModel")
+    for words in (20, 40, 64):
+        found = discover(denoiser, {**arguments, "cap_feats": [torch.randn(words, 16) for _ in range(2)]})
+        assert found.tokens == {"visual": 32, "text": 32 if words == 20 else 64}
+        assert [stack.streams for stack in found.stacks] == [("visual",), ("visual", "text")]
+    with pytest.raises(Undecided, match="extra tokens in the sequences of samples that come as a list"):
+        discover(denoiser, {**arguments, "x": [torch.randn(4, 1, 8, 12) for _ in range(2)]})
 
 
 def test_dual_and_joined_blocks_of_auraflow() -> None:

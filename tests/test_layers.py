@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = """
-dit_lens.errors dit_lens.side_by_side
+dit_lens.errors dit_lens.turns dit_lens.side_by_side
 dit_lens.files
 dit_lens.reasoner.board dit_lens.reasoner.settings
 dit_lens.reasoner.unmixing
@@ -25,7 +25,7 @@ dit_lens.reasoner.models
 dit_lens.reasoner.train_dit dit_lens.reasoner.train_vae
 dit_lens.reasoner dit_lens.reasoner.train
 dit_lens.sites dit_lens.attention
-dit_lens.architectures.layout dit_lens.architectures.stack dit_lens.architectures.watching
+dit_lens.architectures.layout dit_lens.architectures.stack dit_lens.architectures.watching dit_lens.architectures.arguments
 dit_lens.architectures.record dit_lens.architectures.discovery dit_lens.architectures.inside
 dit_lens.architectures.anatomy dit_lens.architectures.guidance
 dit_lens.architectures dit_lens.architectures.finding
@@ -37,15 +37,16 @@ dit_lens.selection dit_lens.rows dit_lens.pictures dit_lens.loops
 dit_lens.activations dit_lens.reducers dit_lens.grid
 dit_lens.record dit_lens.attention_maps
 dit_lens.ports dit_lens.detours dit_lens.obstacles
-dit_lens.hooks dit_lens.tracing
+dit_lens.hooks dit_lens.tracing dit_lens.check_report dit_lens.one_call
+dit_lens.conformance_modules dit_lens.conformance_streams
 dit_lens.conformance
-dit_lens.run
-dit_lens.shards dit_lens.directions dit_lens.donors dit_lens.replay
+dit_lens.run dit_lens.watched_run dit_lens.first_inputs
+dit_lens.knowing dit_lens.shards dit_lens.directions dit_lens.donors dit_lens.replay
 dit_lens.store
 dit_lens.edits
 dit_lens.knockout dit_lens.latent_edits
 dit_lens.editor
-dit_lens.batching dit_lens.decoding dit_lens.loading dit_lens.describe dit_lens.encoded
+dit_lens.batching dit_lens.decoding dit_lens.loading dit_lens.describe dit_lens.encoded dit_lens.checks
 dit_lens.lens
 dit_lens.layer_lens dit_lens.pairs
 dit_lens.plants.parts dit_lens.plants.table
@@ -62,6 +63,10 @@ dit_lens.small_pipelines.audio dit_lens.small_pipelines.crossed dit_lens.small_p
     dit_lens.small_denoisers.refined dit_lens.small_denoisers.sequences
 dit_lens.small_pipelines.unusual dit_lens.small_denoisers.chunked dit_lens.small_denoisers.wan_kin
 dit_lens.small_pipelines dit_lens.small_denoisers
+dit_lens.coverage.truth
+dit_lens.coverage.rows
+dit_lens.coverage.page
+dit_lens.coverage dit_lens.coverage.__main__
 dit_lens.small_pipelines.page
 dit_lens.small_pipelines.__main__
 dit_lens.plants.mechanisms
@@ -85,7 +90,7 @@ probes.causes probes.transfer probes.decided probes.clips
 probes
 dit_lens.claims dit_lens.clean
 dit_lens.experiment
-dit_lens.report dit_lens.checks
+dit_lens.report
 dit_lens.cli
 experiments
 experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone

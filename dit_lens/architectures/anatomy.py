@@ -1,7 +1,7 @@
 """Anatomy: which modules of a block are its attention and its MLPs, found by running the block and watching inside.
 
-* Attention is where scaled dot-product attention is called: the innermost module around that call. It is *cross* attention where
-  what it returns for a token does not depend on the other tokens that it returns something for.
+* Attention is where scaled dot-product attention is called: the innermost module around that call that has weights. It is *cross*
+  attention where what it returns for a token does not depend on the other tokens that it returns something for.
 * An MLP is what takes tokens through two linear maps or more, is no attention, and returns tokens: the innermost module that
   does; or the last of such maps, where they lie in the block itself.
 * Which stream a module's output belongs to is asked of the block: something is added to that output, or to some of its tokens,
@@ -62,12 +62,14 @@ class _Dissection:
         self.rows = len(next(iter(self.clean.values())))
         self.names = list(dict.fromkeys(event.name for event in self.inside.returned))
         self.alive = self._depending()
-        self.attentions = list(dict.fromkeys(attended.name for attended in self.inside.attended if attended.name))
+        self.attentions = list(dict.fromkeys(filter(None, (self._owner(one.name) for one in self.inside.attended))))
         self.attentions += [name for name in self.names if self._queries(name) and not self._related(name, self.attentions)]
         mixing = [name for name in self.names if self._is_mlp(name) and self._mixes(name)]
         self.attentions += [name for name in mixing if not self._related(name, self.attentions)]
         self.found: list[tuple[int, Site]] = []
-        self.missed: list[str] = ["(in the block itself)"] if any(not one.name for one in self.inside.attended) else []
+        self.missed: list[str] = (
+            ["(in the block itself)"] if any(not self._owner(one.name) for one in self.inside.attended) else []
+        )
         self.heads = 0
 
     def anatomy(self) -> Anatomy:
@@ -94,6 +96,12 @@ class _Dissection:
     def _streams(self, output: Any) -> dict[str, Tensor]:
         """The streams that the block returned."""
         return self.stack.streams_out(output, self.tokens.get("visual", 0))
+
+    def _owner(self, name: str) -> str:
+        """The innermost module around a call of attention that has weights: what has none is handed queries, keys and values."""
+        while name and next(self.block.get_submodule(name).parameters(), None) is None:
+            name = name.rpartition(".")[0]
+        return name
 
     def _queries(self, name: str) -> bool:
         return any(hasattr(self.block.get_submodule(name), part) for part in QUERIES)

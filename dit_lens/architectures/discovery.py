@@ -13,7 +13,6 @@ What cannot be settled so is not guessed: `Undecided` says what was seen.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, permutations
@@ -23,21 +22,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from dit_lens.architectures.arguments import Undecided, is_movable, latents_of, other_than, spoken_arguments
 from dit_lens.architectures.layout import Patches
 from dit_lens.architectures.stack import AUDIO, EXTRA, TEXT, VISUAL, Stack
 from dit_lens.architectures.watching import Call, is_stream, watched
-from dit_lens.errors import InputError, listed
+from dit_lens.errors import listed
 
 ASIDE = ("motion_encoder", "face_adapter", "vace_blocks", "connector")
 """In the paths of lists whose modules prepare or add to a stream, and are no blocks of it."""
-WORDS = ("encoder_hidden_states", "text", "txt", "prompt", "caption", "cap_", "context", "input_ids", "words")
-"""In the names of arguments that are a text, where several arguments move tokens."""
 FARTHEST = 8
 """How far apart two places in one patch are looked for."""
-
-
-class Undecided(InputError):
-    """The blocks of a denoiser cannot be told by watching it; a record must say what they are."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class _Discovery:
         """What `discover` found."""
         for path in self.lists:
             members = [call for call in self.calls if call.path == path]
-            if not any(part in path for part in ASIDE) and not _adapts(path, members, self.calls):
+            if not any(part in path for part in ASIDE) and not adapts(path, members, self.calls):
                 self._list(path, members)
         if not self.stacks:
             raise Undecided(f"no list of the {self.name} carries tokens that change with its latents; describe it with a record")
@@ -121,16 +115,16 @@ class _Discovery:
         flat = tuple(stream for regions in held for stream, _ in regions)
         pieces = [Piece(tuple(its), members[-1], place) for its, place in zip(held, carried.values(), strict=True)]
         if VISUAL not in flat:
-            self.beside += [self._spoken(piece) for piece in pieces]
+            self.beside += [self._spoken(_whole_text(piece)) for piece in pieces]
             return
-        rows = len(self.arguments[_latents(self.denoiser, self.arguments)])
+        rows = len(self.arguments[latents_of(self.denoiser, self.arguments)])
         if any(len(members[0].given[parameter]) != rows for parameter in carried):
             raise Undecided(
                 f"blocks of {path} of the {self.name} have {len(members[0].given[next(iter(carried))])} rows for {rows} samples:"
                 " rows and tokens are in another order; describe it with a record"
             )
         _check_streams(f"blocks of {path} of the {self.name}", [piece.streams for piece in pieces])
-        if EXTRA in flat and not isinstance(self.arguments[_latents(self.denoiser, self.arguments)], Tensor):
+        if EXTRA in flat and not isinstance(self.arguments[latents_of(self.denoiser, self.arguments)], Tensor):
             raise Undecided(
                 f"blocks of {path} of the {self.name} have extra tokens in the sequences of samples that come as a list: how many"
                 " there are depends on the lengths of these; describe it with a record"
@@ -150,10 +144,10 @@ class _Discovery:
         if piece.streams != (EXTRA,):
             return piece
         number = [call for call in self.calls if call.path == piece.call.path].index(piece.call)
-        for name in _spoken_arguments(self.denoiser, self.arguments):
-            after = watched(self.denoiser, {**self.arguments, name: _other(self.arguments[name])})
+        for name in spoken_arguments(self.denoiser, self.arguments):
+            after = watched(self.denoiser, {**self.arguments, name: other_than(self.arguments[name])})
             there = [call for call in after if call.path == piece.call.path]
-            if len(there) > number and not _same(there[number].returned[piece.place], piece.tensor):
+            if len(there) > number and not same_bits(there[number].returned[piece.place], piece.tensor):
                 return replace(piece, regions=((TEXT, piece.regions[0][1]),))
         return piece
 
@@ -163,7 +157,7 @@ class _Discovery:
         for count in range(1, len(pieces) + 1):
             for some in permutations(pieces, count):
                 tensors = [piece.tensor for piece in some]
-                if _fit(tensors) and _same(torch.cat(tensors, dim=1), given):
+                if _fit(tensors) and same_bits(torch.cat(tensors, dim=1), given):
                     return _runs([part for piece in some for part in piece.regions], self._who(call, parameter))
         marked = _Marked(self.denoiser, self.arguments, call)
         if not self.before:
@@ -209,7 +203,14 @@ class Piece:
         return self.call.returned[self.place]
 
 
-def _adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
+def _whole_text(piece: Piece) -> Piece:
+    """A piece of a text and what it is padded with, as a text."""
+    if set(piece.streams) != {TEXT, EXTRA}:
+        return piece
+    return replace(piece, regions=((TEXT, sum(count for _, count in piece.regions)),))
+
+
+def adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
     """Whether a list's modules run between the blocks of another list, and what they return is added to what those carry."""
     positions = [place for place, call in enumerate(calls) if call.path == path]
     if positions[-1] - positions[0] + 1 == len(positions):
@@ -218,11 +219,11 @@ def _adapts(path: str, members: Sequence[Call], calls: Sequence[Call]) -> bool:
     own = [tensor for call in members[:-1] for tensor in call.returned if is_stream(tensor)]
     others = [call for call in calls[positions[0] : positions[-1]] if call.path != path]
     theirs = [tensor for call in others for tensor in call.returned if is_stream(tensor)]
-    own_taken, theirs_taken = (any(_same(one, other) for one in some for other in later) for some in (own, theirs))
+    own_taken, theirs_taken = (any(same_bits(one, other) for one in some for other in later) for some in (own, theirs))
     return theirs_taken and not own_taken
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
@@ -357,13 +358,13 @@ class _Marked:
 
     def __init__(self, denoiser: nn.Module, arguments: Mapping[str, Any], first: Call) -> None:
         self.denoiser, self.arguments, self.first = denoiser, dict(arguments), first
-        self.latents = _latents(denoiser, arguments)
+        self.latents = latents_of(denoiser, arguments)
         self.moved: dict[str, dict[str, Tensor]] = {}
         others = {name: value for name, value in self.arguments.items() if name != self.latents and is_movable(value, name)}
-        spoken = _spoken_arguments(denoiser, arguments)
+        spoken = spoken_arguments(denoiser, arguments)
         for name, value in ((self.latents, self.arguments[self.latents]), *others.items()):
             stream = VISUAL if name == self.latents else AUDIO if "audio" in name else TEXT if name in spoken else EXTRA
-            for parameter, changed in self.changes({name: _other(value)}).items():
+            for parameter, changed in self.changes({name: other_than(value)}).items():
                 known = self.moved.setdefault(stream, {})
                 known[parameter] = known[parameter] | changed if parameter in known else changed
 
@@ -447,41 +448,3 @@ class _Marked:
             if token(position) != expected:
                 return None
         return Patches(axes, tuple(sizes))
-
-
-def _latents(denoiser: nn.Module, arguments: Mapping[str, Any]) -> str:
-    """The first parameter of a denoiser that can take latents."""
-    names = inspect.signature(type(denoiser).forward).parameters
-    found = next((name for name in names if is_movable(arguments.get(name))), "")
-    if not found:
-        raise Undecided(f"a {type(denoiser).__name__} takes no latents, as (batch, channels, ...); describe it with a record")
-    return found
-
-
-def _spoken_arguments(denoiser: nn.Module, arguments: Mapping[str, Any]) -> list[str]:
-    """The arguments that are a text: those that are called so, or all but the latents where none is."""
-    latents = _latents(denoiser, arguments)
-    others = [name for name, value in arguments.items() if name != latents and is_movable(value, name)]
-    return [name for name in others if any(word in name for word in WORDS)] or others
-
-
-def is_movable(value: Any, name: str = "") -> bool:
-    """Whether an argument holds latents or embeddings: numbers in at least two axes, beside the batch or in a list.
-
-    Or tokens of a text as whole numbers, under the name that says so.
-    """
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1 for one in value)
-    if isinstance(value, Tensor) and "input_ids" in name:
-        return value.ndim == 2
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3
-
-
-def _other(value: Any) -> Any:
-    """Another value of the same shape, different everywhere; of whole numbers, the same ones elsewhere."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_other(one) for one in value)
-    if not value.is_floating_point():
-        return value.roll(1, dims=-1)
-    noise: Tensor = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-    return value + 1 + noise

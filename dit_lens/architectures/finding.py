@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from dit_lens.architectures.anatomy import anatomy
-from dit_lens.architectures.discovery import Undecided, discover
+from dit_lens.architectures.arguments import Undecided
+from dit_lens.architectures.discovery import discover
 from dit_lens.architectures.guidance import first_call
 from dit_lens.architectures.record import EXPERTS, Architecture
 from dit_lens.architectures.stack import Stack

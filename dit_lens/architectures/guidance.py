@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from dit_lens.architectures.discovery import Undecided, is_movable
+from dit_lens.architectures.arguments import Undecided, is_movable
 from dit_lens.architectures.record import Guidance
 
 CONDITIONS = ("prompt", "prompt_2", "prompt_3", "class_labels")
@@ -62,7 +62,7 @@ def discover_guidance(pipe: Any, denoisers: Mapping[str, nn.Module], inputs: Map
     Raises:
         Undecided: nothing in them says what is asked for, or what was seen is neither of the kinds.
     """
-    another = _asking_for_another(inputs)
+    another = asking_for_another(inputs)
     with torch.no_grad():
         clean, asked = (_first_step(pipe, denoisers, given, seed) for given in (inputs, another))
     if not clean or len(clean) != len(asked):
@@ -125,7 +125,7 @@ def _watching(pipe: Any, denoisers: Mapping[str, nn.Module], calls: list[dict[st
             pipe.maybe_free_model_hooks()
 
 
-def _asking_for_another(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def asking_for_another(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments, asking for something else."""
     changed = {
         name: _another(value)

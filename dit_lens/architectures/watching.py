@@ -119,6 +119,11 @@ def _listed_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((path, block) for block in module)
 
 
+def lists(denoiser: nn.Module) -> list[str]:
+    """The paths of the outermost lists."""
+    return list(dict.fromkeys(path for path, _ in _listed_modules(denoiser)))
+
+
 def is_stream(value: Any) -> bool:
     """Whether something can be a stream: (batch, tokens, channels)."""
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
