@@ -40,6 +40,8 @@ def knowing(pipe: Any, denoisers: Mapping[str, nn.Module], run: Run, aim: Tensor
         weights = run.weights[len(made) - 1]
         assert weights is not None
         of_sample, of_output = weights
+        assert not isinstance(of_sample, tuple), "a scheduler has one noise level for all frames"
+        assert not isinstance(of_output, tuple)
         # A step without noise says nothing of the output, and moves nothing.
         right = run.sign * (aim - of_sample * made[-1].float()) / of_output if abs(of_output) > 1e-9 else torch.zeros_like(aim)
         _write(output if isinstance(output, Tensor) else output[0], right)

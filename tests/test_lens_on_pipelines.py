@@ -402,11 +402,15 @@ def test_what_cannot_be_labelled_is_refused(name: str, engine: str) -> None:
     assert fingerprint(pipe) == before
 
 
-def test_z_image_is_refused_at_sizes_that_need_no_padding_too() -> None:
-    """How many tokens of the text are padding depends on the prompt there, and so on the branch."""
-    given = {**inputs_of(PIPELINES["z-image"]), "height": 16, "width": 32}
-    with pytest.raises(dl.InputError, match="extra tokens in the sequences of samples that come as a list"):
-        dl.wrap(pipeline("z-image")).run(**given, decode=False)
+def test_z_image_at_a_size_without_padding_is_read_at_that_size_only() -> None:
+    """How many tokens are padding depends on the size: what is text at one size may be a picture's padding at another."""
+    usual = inputs_of(PIPELINES["z-image"])
+    given = {**usual, "height": 16, "width": 32}
+    lens = dl.wrap(pipeline("z-image"))
+    run = lens.run(**given, decode=False, record=dl.at(step=0, stream=["visual", "text"]))
+    assert {cell.stream for cell in run.activations.cells} == {"visual", "text"}
+    with pytest.raises(dl.InputError, match="hold for that only, as how many tokens are padding depends on the size"):
+        lens.run(**usual, decode=False)
 
 
 def test_a_video_of_several_segments_is_refused() -> None:

@@ -63,9 +63,12 @@ def find_in(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Architecture:
     words = "one token covers {} of {}, in their order".format(
         " x ".join(map(str, found.patches.size)), listed(_AXES[axis] for axis in found.patches.axes if axis != "c")
     )
-    return Architecture(
+    record = Architecture(
         name, tuple(stacks), denoiser=name, latents=found.latents, patches=found.patches, guidance=None, token_rule=words
     )
+    # Samples that come as a list are padded, each as its own length asks for, and text as it was here may be a picture's padding.
+    padded = isinstance(arguments[found.latents], list | tuple) and any(stack.joined for stack in stacks)
+    return replace(record, only=record.layout(denoiser, arguments)) if padded else record
 
 
 def _with_sites(stack: Stack, calls: Sequence[Call], tokens: Mapping[str, int]) -> Stack:

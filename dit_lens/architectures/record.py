@@ -81,6 +81,7 @@ class Architecture:
         guided_above: guidance runs when `guidance_scale` is greater than this.
         loop: the sampling loop, where it has no scheduler of diffusers'; `guidance` is then to be given.
         token_rule: how tokens cover the latents, in words.
+        only: the one layout that it holds for, where padding that depends on the sizes cannot be told from text in others.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Architecture:
     guided_above: float = 1.0
     loop: Loop | None = None
     token_rule: str = "one token covers patch_size = (frames, rows, columns) of the latent video, rows before columns"
+    only: Layout | None = None
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -136,12 +138,22 @@ class Architecture:
         return latents if isinstance(latents, Tensor) else torch.stack(list(latents))
 
     def layout(self, denoiser: nn.Module, arguments: Mapping[str, Any]) -> Layout:
-        """The layout of the visual tokens in a call with these arguments."""
+        """The layout of the visual tokens in a call with these arguments.
+
+        Raises:
+            InputError: the record was found by watching a call of another layout, and holds for no other.
+        """
         patches = self.patches
         if patches is None:
             config: Any = denoiser.config
             patches = Patches("cfhw", tuple(config.patch_size))
-        return patches.layout(self.taken(arguments).shape, arguments)
+        layout = patches.layout(self.taken(arguments).shape, arguments)
+        if self.only not in (None, layout):
+            raise InputError(
+                f"the blocks of a {self.denoiser} were found with {self.only} and hold for that only, as how many tokens are"
+                f" padding depends on the size; this call has {layout}: make another lens for it"
+            )
+        return layout
 
     def width(self, denoiser: nn.Module, stack: Stack | None = None) -> int:
         """Number of channels of a visual token."""
