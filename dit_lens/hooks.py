@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, no_type_check
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -114,6 +114,7 @@ class _Attention(TorchFunctionMode):
                 " backend 'native'"
             )
 
+    @no_type_check  # it is asked for every operation of a run
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._port is not None and func is scaled_dot_product_attention:

@@ -19,7 +19,6 @@ from dit_lens.small_denoisers import DENOISERS, Blocks
 PAGE = (Path(__file__).parent.parent / "docs" / "coverage.md").read_text(encoding="utf-8")
 SAMPLE = {
     "FluxTransformer2DModel": "fused projections",
-    "SD3Transformer2DModel": "text before picture, two attentions, a last block without text",
     "CogVideoXTransformer3DModel": "picture before text",
     "AuraFlowTransformer2DModel": "two streams, then one sequence",
     "Lumina2Transformer2DModel": "a list for the picture before",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,7 @@ class _Attention(TorchFunctionMode):
         super().__init__()
         self.inside, self.added = inside, added
 
+    @no_type_check  # it is asked for every operation of a run
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is scaled_dot_product_attention:
