@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_lens.architectures import Layout
+from dit_lens.architectures import Layout, Stack
 from dit_lens.attention import masked_attention
 from dit_lens.donors import coordinates
 from dit_lens.edits import Edit, Moment, Skip
@@ -92,6 +92,7 @@ class Editor:
                 edit.check_run(self._steps[index], extent.forecast, type(scheduler).__name__)
             else:
                 edit.check_run(list(self._cells[index]), extent.forecast, type(scheduler).__name__)
+                self._check_text_is_read(edit, self._cells[index])
         self._check_skipped(recorded)
 
     def _check_sites(self, edit: Edit, cells: Iterable[Cell]) -> None:
@@ -100,6 +101,17 @@ class Editor:
             if self._extent.site(cell).read_only:
                 kept = dict.fromkeys(site.name for site in self._extent.sites if not site.read_only)
                 raise InputError(f"{edit}: the site {cell.site!r} is read-only; edit one of {listed(kept)}")
+
+    def _check_text_is_read(self, edit: Edit, cells: Iterable[Cell]) -> None:
+        """Refuse to cut the text from an attention that does not read it."""
+        if not isinstance(edit, KnockoutAttention) or not edit.of_text:
+            return
+        for cell in cells:
+            if cell.site == "attn" and "text" not in _joint(self._extent.stack(cell.expert, cell.block)):
+                raise InputError(
+                    f"{edit} cuts the text at {coordinates(cell)}, where only visual tokens attend to each other: write"
+                    " site='cross_attn', where the text is read"
+                )
 
     def _check_skipped(self, recorded: Iterable[tuple[Selector, Sequence[Cell]]]) -> None:
         """Refuse what is inside a block that does not run."""
@@ -326,22 +338,23 @@ class Editor:
         return attend
 
     def _allowed(self, cuts: Sequence[tuple[int, KnockoutAttention]], place: tuple[str, int, str], key: Tensor) -> Tensor:
-        """The pairs that all of the knockouts allow, on the device of the keys; in joint attention, those of visual tokens."""
+        """The pairs that all of the knockouts allow, on the device of the keys; in joint attention, of all that there are."""
         clock = self._clock
         assert clock is not None
         assert clock.layout is not None
         expert, block, site = place
         stack, count = self._extent.stack(expert, block), key.shape[1]
-        within = next((one.within for one in stack.sites if (site, one.name) == ("attn", "q") and one.within), ())
+        within = _joint(stack) if site == "attn" else ()
         name = (site, within, count, key.device, *(index for index, _ in cuts))
         if name not in self._masks:
-            keys = clock.layout.tokens if within else count
-            allowed = torch.stack([edit.allowed(clock.layout, keys, site) for _, edit in cuts]).all(dim=0)
-            if within:
-                places = stack.apart(torch.arange(count)[None], within, keys)["visual"][0]
-                joint = torch.ones(count, count, dtype=torch.bool)
-                joint[places[:, None], places] = allowed
-                allowed = joint
+            order = torch.arange(count)[None]
+            lie = stack.apart(order, within, clock.layout.tokens) if within else {"visual": order}
+            # Without other streams beside them, all keys are of one kind.
+            allowed = torch.ones(count if within else clock.layout.tokens, count, dtype=torch.bool)
+            for _, edit in cuts:
+                keys = lie["text" if within and edit.of_text else "visual"][0]
+                queries = lie["visual"][0] if within else torch.arange(clock.layout.tokens)
+                allowed[queries[:, None], keys] &= edit.allowed(clock.layout, len(keys), site)
             self._masks[name] = allowed.to(key.device)
         return self._masks[name]
 
@@ -385,3 +398,8 @@ class Editor:
         if weights is None:
             return None
         return weighted(weights, clock.samples[-1], clock.outputs[len(clock.weights) - 1, "guided"], clock.held)
+
+
+def _joint(stack: Stack) -> tuple[str, ...]:
+    """The streams that lie one after the other where attention is called; none where visual tokens are alone."""
+    return next((site.within for site in stack.sites if site.name == "q" and site.within), ())

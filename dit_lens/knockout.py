@@ -29,7 +29,8 @@ class KnockoutAttention(Edit):
     """Keep the tokens of `queries` from attending to those of `keys`.
 
     A query that is left without any key gets exactly zero from the attention, before its output projection. Several
-    knockouts at one cell cut all that any of them cuts. In joint attention the text's tokens hear and are heard as before.
+    knockouts at one cell cut all that any of them cuts. In joint attention `queries` and `keys` are visual tokens; the text's
+    tokens hear as before, and are heard as before but with `of_text`.
 
     Attributes:
         at: blocks, steps and branches, with site `attn` or `cross_attn`; without head, frames and tokens.
@@ -38,12 +39,14 @@ class KnockoutAttention(Edit):
         baseline: cut nothing, and compute as if: what the edit is to be compared with.
         pairs: a function (layout, number of keys) -> (queries, keys) booleans that says which pairs are cut, in place of
             `queries` and `keys`.
+        of_text: whether the keys are the text's, as they always are at `cross_attn`: so in joint attention.
     """
 
     queries: Any = None
     keys: Any = None
     baseline: bool = False
     pairs: Callable[[Layout, int], Tensor] | None = None
+    of_text: bool = False
 
     @staticmethod
     def causal_frames(at: Selector, baseline: bool = False) -> KnockoutAttention:
@@ -52,8 +55,11 @@ class KnockoutAttention(Edit):
 
     @staticmethod
     def text(at: Selector, tokens: Any = None, baseline: bool = False) -> KnockoutAttention:
-        """No visual token attends to the text, or to those of its tokens that a mask names."""
-        return KnockoutAttention(at, keys=tokens, baseline=baseline)
+        """No visual token attends to the text, or to those of its tokens that a mask names.
+
+        Write `cross_attn` where there is one, and `attn` where pictures and words attend jointly.
+        """
+        return KnockoutAttention(at, keys=tokens, baseline=baseline, of_text=True)
 
     @staticmethod
     def first_frame(at: Selector, baseline: bool = False) -> KnockoutAttention:
@@ -78,9 +84,13 @@ class KnockoutAttention(Edit):
 
     def check_shape(self, moment: Moment) -> None:
         """The masks fit the layout and the text."""
-        keys = moment.layout.tokens if moment.cell.site == "attn" else moment.text_tokens
+        keys = moment.text_tokens if self.reads_text(moment.cell.site) else moment.layout.tokens
         if keys is not None:
             self.allowed(moment.layout, keys, moment.cell.site)
+
+    def reads_text(self, site: str) -> bool:
+        """Whether what it cuts at a site are tokens of the text."""
+        return self.of_text or site == "cross_attn"
 
     def allowed(self, layout: Layout, keys: int, site: str) -> Tensor:
         """Which keys each query may attend to.
@@ -103,7 +113,7 @@ class KnockoutAttention(Edit):
                 )
         else:
             queries = self._on_layout("queries", self.queries, layout)
-            seen = self._on_layout("keys", self.keys, layout) if site == "attn" else self._on_text(keys)
+            seen = self._on_text(keys) if self.reads_text(site) else self._on_layout("keys", self.keys, layout)
             cut = queries[:, None] & seen
         return torch.ones_like(cut) if self.baseline else ~cut
 

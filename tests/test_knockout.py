@@ -60,6 +60,11 @@ def test_who_may_attend_to_whom() -> None:
     assert dl.KnockoutAttention.first_frame(at).compared().allowed(layout, 8, "attn").all()
 
 
+def test_text_is_cut_where_it_is_read(lens: dl.Lens) -> None:
+    with pytest.raises(dl.InputError, match=r"only visual tokens attend to each other: write site='cross_attn'"):
+        run(lens, dl.KnockoutAttention.text(dl.at(site="attn", block=1)))
+
+
 def test_without_text_the_prompt_has_no_effect(lens: dl.Lens) -> None:
     place = dl.at(block=1, site="cross_attn", step=2, branch="cond")
     everywhere = dl.KnockoutAttention.text(dl.at(site="cross_attn"))

@@ -226,11 +226,22 @@ def test_a_skip_and_a_knockout_do_the_same_on_both_engines(name: str) -> None:
     assert not torch.equal(runs[0].latents[1], dl.wrap(pipe, "hooks").run(**own.inputs).latents[1])
 
 
-def test_a_knockout_in_joint_attention_cuts_visual_tokens_only() -> None:
+QUERIES = torch.tensor([[True, False], [False, False]])
+JOINT = dl.at(site="attn", block=0, step=0, branch="cond")
+
+
+@pytest.mark.parametrize(
+    ("cut", "queries", "keys"),
+    [
+        (dl.KnockoutAttention(JOINT, QUERIES, ~QUERIES), [4], [5, 6, 7]),
+        (dl.KnockoutAttention.text(JOINT), [4, 5, 6, 7], [0, 1, 2, 3]),
+        (dl.KnockoutAttention.text(JOINT, tokens=[False, True, False, False]), [4, 5, 6, 7], [1]),
+    ],
+    ids=["visual tokens from each other", "text", "a word"],
+)
+def test_a_knockout_in_joint_attention_cuts_what_it_names(cut: dl.KnockoutAttention, queries: list[int], keys: list[int]) -> None:
     """The oracle computes attention anew, with a mask of all pairs; the text comes first."""
     own = OWN["mmdit"]
-    queries = torch.tensor([[True, False], [False, False]])
-    cut = dl.KnockoutAttention(dl.at(site="attn", block=0, step=0, branch="cond"), queries, ~queries)
     seen = dl.at(site=["q", "k", "v", "heads"], stream="all", block=0, step=0, branch="cond")
     run = dl.wrap(own.pipe(), "hooks").run(**own.inputs, edits=cut, record=seen)
     parts = {
@@ -238,7 +249,7 @@ def test_a_knockout_in_joint_attention_cuts_visual_tokens_only() -> None:
         for site in ("q", "k", "v", "heads")
     }
     allowed = torch.ones(8, 8, dtype=torch.bool)
-    allowed[4, 5:] = False
+    allowed[torch.tensor(queries)[:, None], torch.tensor(keys)] = False
     scores = torch.einsum("bqhc,bkhc->bhqk", parts["q"], parts["k"]) / 4
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
     assert torch.allclose(torch.einsum("bhqk,bkhc->bqhc", weights, parts["v"]), parts["heads"], atol=1e-5)
