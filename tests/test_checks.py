@@ -61,11 +61,19 @@ def test_pass_on_two_experts_each_by_itself(text_pipe: Any) -> None:
     assert [check.name for check in report.checks] == [*RUNS.values(), *names]
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("name", ["dit"])
 def test_an_architecture_seen_for_the_first_time_passes_by_watching_alone(name: str) -> None:
     report = dl.wrap(pipeline(name), engine="hooks").check(**given(name))
     assert report.passed, report
     assert {SHORT[check.name] for check in report.checks if check.passed is None} == {"decoding", "contributions"}
+
+
+def test_frames_that_hold_an_image_are_none_of_the_schedulers() -> None:
+    report = dl.wrap(pipeline("wan-5b-image"), engine="hooks").check(**given("wan-5b-image"))
+    assert report.passed, report
+    assert "but in the frames 0, which hold an image" in next(
+        check.found for check in report.checks if "nothing leaves" in check.name
+    )
 
 
 def test_what_cannot_be_labelled_or_told_is_refused() -> None:
