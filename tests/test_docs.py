@@ -93,3 +93,12 @@ def test_the_example_files_run_by_themselves(capsys: pytest.CaptureFixture[str],
     for path in sorted((ROOT / "docs" / "own").glob("*.py")):
         runpy.run_path(str(path), run_name="__main__")
         assert "a loop of its own" in capsys.readouterr().out
+
+
+def test_the_readme_says_what_the_benchmarks_measured() -> None:
+    measured = {path.stem: json.loads(path.read_text()) for path in (ROOT / "figures" / "benchmarks").glob("*.json")}
+    patching, probes = measured["h200"]["patching"], measured["cpu-2-cores"]["probes"]["ridge"]["total"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"a grid of {patching['video']['cells']} cells takes {patching['video']['seconds']['ratio']:.1f} times less" in text
+    assert f"{patching['velocity']['seconds']['ratio']:.0f} times less for the velocity" in text
+    assert f"{probes['probes']:,} probes {probes['seconds']['ratio']:.0f} times less" in text
