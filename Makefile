@@ -8,7 +8,8 @@ CANARY := .venv-canary
 LATEST := nnsight diffusers transformers accelerate torch
 # What stands directly on those: both engines, the clock, the sites, noise, the small pipelines and what is found out from them.
 ENGINE := $(addprefix tests/test_,tracing.py engines.py detours.py sites.py schedule.py replay.py batching.py loading.py \
-	noise.py noise_of_pipelines.py small_pipelines.py discovery.py guidance.py anatomy.py)
+	noise.py noise_of_pipelines.py small_pipelines.py lens_on_pipelines.py discovery.py guidance.py \
+	anatomy.py conformance.py loops.py)
 
 .PHONY: install test check canary reproduce figures plants coverage clean
 
