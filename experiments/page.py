@@ -13,7 +13,9 @@ from typing import Any
 from dit_lens.claims import COMMITTED, FAMILY, LEVEL, as_table
 from dit_lens.experiment import read_manifest
 from dit_lens.files import write_text
+from dit_lens.reasoner import folder
 from dit_lens.report import duration
+from experiments import second
 from experiments.paper import ITEMS, Item
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +30,13 @@ def main() -> None:
     verdicts = [one for manifest in found for one in manifest.get("claims", [])]
     slim = [{key: value for key, value in one.items() if key != "committed"} for one in verdicts]
     write_text(Path(__file__).parent / COMMITTED, json.dumps(slim, indent=1) + "\n")
-    write_text(figures / "README.md", page(found, slim))
+    held_out = json.loads((folder() / "held_out.json").read_text(encoding="utf-8"))
+    other = second.read(figures)
+    write_text(figures / "README.md", page(found, slim, second.section(slim, held_out, other) if other else ""))
 
 
-def page(manifests: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> str:
-    """The page as Markdown."""
+def page(manifests: list[dict[str, Any]], verdicts: list[dict[str, Any]], other: str) -> str:
+    """The page as Markdown. `other`: its part on the second reasoner."""
     there = {manifest["experiment"] for manifest in manifests}
     parts = [
         "# Results",
@@ -46,6 +50,7 @@ def page(manifests: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> str
         f" sample, at {LEVEL:.4%} each, so that with up to {FAMILY} criteria in all the chance of any wrong one is at most 5 %. A"
         " claim is supported when all its criteria hold and refuted when one fails; every verdict rests on 100 samples or more.",
         verdict_rows(verdicts),
+        other,
         "## The paper's figures and tables",
         "\n".join(["| paper | shows | counterpart |", "| --- | --- | --- |", *(item_row(item, there) for item in ITEMS)]),
         *(section(manifest) for manifest in manifests),

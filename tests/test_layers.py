@@ -93,7 +93,7 @@ dit_lens.experiment
 dit_lens.report
 dit_lens.cli
 experiments
-experiments.energy experiments.paper experiments.probe_figures experiments.arms experiments.probes_alone
+experiments.energy experiments.paper experiments.second experiments.probe_figures experiments.arms experiments.probes_alone
     experiments.timing experiments.content_shares experiments.damage experiments.ablation_cases
 experiments.noised experiments.noise_claims experiments.swapping experiments.merging experiments.readings
 experiments.energy_figures experiments.layer_figures experiments.noise_figures experiments.propagation_figures

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dit_lens.claims import COMMITTED
 from dit_lens.experiment import experiments, read_manifest
-from experiments import page, paper
+from experiments import page, paper, second
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,3 +46,49 @@ def test_the_readme_gives_the_committed_verdicts() -> None:
     said = dict(re.findall(r"\((\w+)\) \| \*\*(\w+)\*\* \|", (ROOT / "README.md").read_text()))
     assert len(said) >= 7
     assert said == {name: committed[name] for name in said}
+
+
+def reasoner(outcome: str, verdict: str) -> list[dict[str, Any]]:
+    """The verdicts of a model on two claims, one of which it is asked about."""
+    found = {"criterion": "share > 0.5", "estimate": 0.7, "low": 0.6, "high": 0.8, "threshold": 0.5, "outcome": outcome}
+    return [{"claim": "C1", "verdict": verdict, "found": [found]}, {"claim": "C2", "verdict": "refuted", "found": []}]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "said"),
+    [
+        (
+            "holds",
+            "supported",
+            ("**1 of 1 claims**", "0 are contrary", "1 come out alike and 0 opposite", "| **supported** |  |"),
+        ),
+        (
+            "open",
+            "inconclusive",
+            ("**0 of 1 claims**", "0 are contrary", "0 come out alike and 0 opposite", "share > 0.5: holds, open"),
+        ),
+        (
+            "fails",
+            "refuted",
+            ("**0 of 1 claims**", "1 are contrary", "0 come out alike and 1 opposite", "share > 0.5: holds, fails"),
+        ),
+    ],
+)
+def test_a_second_reasoner_is_set_beside_the_first(outcome: str, verdict: str, said: tuple[str, ...]) -> None:
+    curve = [{"step": 7000, "loss": 0.0151, "rate": 0.0, "seconds": 660.0}]
+    training = {"dit": {"settings": {"batch": 512}, "devices": "1 x GPU", "curve": curve}}
+    held_out = {"tasks": {"maze": {"right": {"estimate": 0.95, "low": 0.9, "high": 0.98}}}}
+    manifest = {"experiment": "step-lens", "source": "Fig. 1", "compute_seconds": 61.0, "claims": reasoner(outcome, verdict)[:1]}
+    written = second.section(reasoner("holds", "supported"), held_out, second.Second([manifest], training, held_out))
+    for words in (*said, "7,000 steps of 512 clips in 11.0 minutes on 1 x GPU, loss 0.0151", "| C2 | refuted | not measured |"):
+        assert words in written
+    assert "| maze | 0.95 [0.9, 0.98] | 0.95 [0.9, 0.98] |" in written
+
+
+def test_criteria_are_paired_by_their_names() -> None:
+    first, other = reasoner("holds", "supported"), {one["claim"]: one for one in reasoner("fails", "refuted")}
+    table = second.criteria(first, other)
+    assert table[["claim", "first_outcome", "second_outcome"]].to_numpy().tolist() == [["C1", "holds", "fails"]]
+    assert table["first_low"].item() == pytest.approx(0.1)
+    figure = second.forest(table)
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "C1: share > 0.5"

@@ -49,7 +49,7 @@ def test_sigmas_are_shifted_as_the_scheduler_shifts_them(sigmas: list[float]) ->
 
 
 def test_the_rate_warms_up_stays_and_falls() -> None:
-    rates = np.array([train_dit.rate_at(step, 2000, 1e-3) for step in range(2000)])
+    rates = np.array([train_dit.rate_at(step, step / 2000, 1e-3) for step in range(2000)])
     assert rates.max() == pytest.approx(1e-3)
     assert rates[0] == pytest.approx(1e-3 / 300)
     assert (np.diff(rates[:300]) > 0).all()
@@ -153,6 +153,28 @@ def test_training_stops_by_the_clock(team: Team) -> None:
     begun = state(0)
     train_dit.train(begun, latents(), steps=5, batch=2, rate=1e-2, seed=0, minutes=0, team=team)
     assert begun.step == 0
+
+
+class Clocked(Team):
+    """A team of one on whose clock every look takes six seconds."""
+
+    looks = 0
+
+    def stopwatch(self) -> Callable[[], float]:
+        def spent() -> float:
+            self.looks += 1
+            return 6.0 * self.looks
+
+        return spent
+
+
+@pytest.mark.parametrize(("fit", "share"), [(True, 0.2), (False, 1.0)])
+def test_the_rate_can_fall_within_the_minutes(team: Team, fit: bool, share: float) -> None:
+    begun = state(0)
+    train_dit.train(begun, latents(), steps=100_000, batch=2, rate=1e-2, seed=0, minutes=1 / 3, team=Clocked(), fit=fit)
+    # Looks at 6, 12 and 18 of 20 seconds, ten steps after each; the next is beyond.
+    assert begun.step == 30
+    assert begun.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 30 / 300 * share)
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,8 @@ class DiT:
     rate: float = 1.2e-3
     seed: int = 0
     minutes: float = 9.0
+    fit: bool = False
+    """Let the learning rate fall within these minutes, however many of the steps they leave room for; no run goes on after it."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def run_dit(settings: DiT, team: Team) -> None:
         rate=settings.rate,
         seed=settings.seed + 1000 * team.rank,
         minutes=settings.minutes,
+        fit=settings.fit,
         team=team,
     )
     if team.leads:

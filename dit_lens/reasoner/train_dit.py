@@ -107,9 +107,9 @@ def steps_done(folder: Path) -> int:
     return json.loads(path.read_text())["step"] if path.is_file() else 0
 
 
-def rate_at(step: int, steps: int, peak: float, warm_up: int = 300) -> float:
-    """Learning rate: a linear warm-up, a plateau, and a linear tail over the second half."""
-    tail = min(1.0, 2 * (1 - step / steps))
+def rate_at(step: int, done: float, peak: float, warm_up: int = 300) -> float:
+    """Learning rate: a linear warm-up, a plateau, and a linear tail over the second half. `done`: the share of training done."""
+    tail = min(1.0, 2 * (1 - done))
     return peak * min(1.0, (step + 1) / warm_up) * max(tail, 0.01)
 
 
@@ -128,8 +128,12 @@ def train(
     seed: int,
     minutes: float,
     team: Team,
+    fit: bool = False,
 ) -> None:
-    """Train until `steps` in all or for `minutes`, whichever comes first. `data` holds clips by their number of frames."""
+    """Train until `steps` in all or for `minutes`, whichever comes first. `data` holds clips by their number of frames.
+
+    With `fit`, the learning rate falls to its end within the minutes if the steps do not come to theirs before.
+    """
     model, optimizer = state.model, state.optimizer
     device = model.transformer.device
     generator = torch.Generator(device).manual_seed(seed + state.step)
@@ -140,9 +144,10 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     spent, before = team.stopwatch(), state.curve[-1]["seconds"] if state.curve else 0.0
     losses: list[Tensor] = []
+    seconds = 0.0
     bar = tqdm(initial=state.step, total=steps, desc="DiT", disable=not team.leads, mininterval=5)
     while state.step < steps:
-        if state.step % 10 == 0 and spent() > 60 * minutes:
+        if state.step % 10 == 0 and (seconds := spent()) > 60 * minutes:
             break
         frames = list(feeds)[int(torch.multinomial(shares, 1, generator=lengths))]
         latents, conditions, said = next(feeds[frames])
@@ -155,7 +160,7 @@ def train(
             velocity = model((1 - level) * latents + level * noise, sigma, conditions, said)
         loss = nn.functional.mse_loss(velocity.float(), noise - latents)
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(state.step, steps, rate)
+            group["lr"] = rate_at(state.step, max(state.step / steps, seconds / (60 * minutes) if fit else 0), rate)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         team.average([p.grad for p in parameters if p.grad is not None])
@@ -170,8 +175,8 @@ def train(
         if state.step % 50 == 0 or state.step == steps:
             mean = torch.stack(losses).mean().item()
             losses.clear()
-            seconds = before + spent()
-            state.curve.append({"step": state.step, "loss": mean, "rate": optimizer.param_groups[0]["lr"], "seconds": seconds})
+            point = {"step": state.step, "loss": mean, "rate": optimizer.param_groups[0]["lr"], "seconds": before + spent()}
+            state.curve.append(point)
             bar.set_postfix(loss=f"{mean:.4f}")
     bar.close()
 
