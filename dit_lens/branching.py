@@ -30,6 +30,7 @@ import pandas as pd
 from torch import Tensor
 
 from dit_lens import metrics
+from dit_lens.blends import Blends
 from dit_lens.errors import InputError
 from dit_lens.latent_edits import ReplaceLatents
 from dit_lens.run import Run
@@ -93,7 +94,7 @@ def branch_table(
     inputs: dict[str, Any],
     guided: bool = True,
 ) -> pd.DataFrame:
-    """What the endings of a run's rows do, beside what x0-hat shows at the step: one row of a table for each.
+    """What the endings of a run's rows do, beside what x0-hat holds at the step: one row of a table for each.
 
     Args:
         samples: of one task, one for every row of the run, which ran with `inputs`. clock: of the step, as `Context.clock`.
@@ -111,18 +112,22 @@ def branch_table(
 
 
 def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run, own: Run) -> pd.DataFrame:
-    """x0-hat against endings, by what they show of each legal answer: one row for every sample.
+    """x0-hat against endings, by what they hold of each legal answer: one row for every sample.
 
     Args:
         samples: of one task. hats: an x0-hat of each, in latents. endings: a run with as many rows for each of them. own: the
             run that these leave, one row for each. Both with videos.
 
-    Columns: ``hat_0``, ``hat_1``, ... how x0-hat is shared among the answers, and ``end_0``, ... the mean of the endings' shares;
-    ``hat_differ`` and ``differ``, the chance that two draws from the one, or two endings, differ; ``hat_bits`` and
-    ``mean_bits``, the entropies of x0-hat and of the mean of the endings' videos; ``drawn``, the share of endings that
-    show an answer; ``changed``, the share of those with another answer than the run itself; ``lost``, the share of all
-    that do not show the run's own; ``accepted``, the share that the scorer accepts; ``bias`` and ``spread`` of the endings'
-    latents about x0-hat (`metrics.bias_and_spread`).
+    Columns: ``held_0``, ``held_1``, ... how x0-hat is shared among the answers, in latents (`dit_lens.blends`), and ``end_0``,
+    ... the mean of the endings' shares; ``held_differ`` and ``differ``, the chance that two draws from the one, or two endings,
+    differ, and ``seen_differ``, the same of x0-hat as its decoded video shows it; ``drawn``, the share of endings that show an
+    answer; ``changed``, the share of those with another answer than the run itself; ``lost``, the share of all that do not show
+    the run's own; ``accepted``, the share that the scorer accepts; ``bias`` and ``spread`` of the endings' latents about x0-hat
+    (`metrics.bias_and_spread`).
+
+    A blend of the endings' latents is one whose weights are known: ``blend_true``, the chance that two draws from the endings
+    (with replacement) differ, ``blend_held`` and ``blend_seen``, what is read of it in latents and decoded, and
+    ``blend_held_alive``, ``blend_seen_alive``, how many answers are alive so. nan where not every ending shows an answer.
     """
     task, size, count = samples[0].task, samples[0].image.size[::-1], endings.batch // len(samples)
     assert endings.video is not None
@@ -132,31 +137,30 @@ def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run,
         rows = [sample for sample in samples for _ in range(repeats)]
         return task.evidence(metrics.resized(video, *size).numpy(), rows)
 
-    ends, blends = evidence(endings.video, count), evidence(endings.video.unflatten(0, (-1, count)).mean(dim=1))
+    blends, final = Blends(lens, endings.video), endings.latents[-1].unflatten(0, (-1, count))
+    ends, mixed = evidence(endings.video, count), final.mean(dim=1)
+    held, held_mixed = (blends.held(latents, samples) for latents in (hats, mixed))
+    seen, seen_mixed = (evidence(lens.decode(latents)) for latents in (hats, mixed))
     pixels = metrics.resized(endings.video, *size).numpy()
     scores = task.scores(pixels, [sample for sample in samples for _ in range(count)])
-    final = endings.latents[-1].unflatten(0, (-1, count)).numpy()
     rows = []
-    for place, (sample, hat, blend, did) in enumerate(
-        zip(samples, evidence(lens.decode(hats)), blends, evidence(own.video), strict=True)
-    ):
-        shares = metrics.answer_shares(hat)
+    for place, (sample, did) in enumerate(zip(samples, evidence(own.video), strict=True)):
+        shares = metrics.answer_shares(held[place])
         draws = np.stack([metrics.answer_shares(end) for end in ends[place * count : (place + 1) * count]])
         drawn = ~np.isnan(draws).any(axis=1)
-        mean = draws[drawn].mean(axis=0) if drawn.any() else np.full(len(hat), np.nan)
+        mean = draws[drawn].mean(axis=0) if drawn.any() else np.full(len(shares), np.nan)
         others = draws[drawn].argmax(axis=1) != did.argmax()
-        bias, spread = metrics.bias_and_spread(final[place], hats[place].numpy())
+        bias, spread = metrics.bias_and_spread(final[place].numpy(), hats[place].numpy())
         rows.append(
             {
                 "task": task.name,
                 "sample": sample.index,
                 "answers": len(sample.answers),
-                **{f"hat_{i}": share for i, share in enumerate(shares)},
+                **{f"held_{i}": share for i, share in enumerate(shares)},
                 **{f"end_{i}": share for i, share in enumerate(mean)},
-                "hat_differ": float(metrics.draws_differ(shares)),
+                "held_differ": float(metrics.draws_differ(shares)),
+                "seen_differ": float(metrics.draws_differ(metrics.answer_shares(seen[place]))),
                 "differ": metrics.pairs_differ(draws),
-                "hat_bits": metrics.answer_entropy(hat),
-                "mean_bits": metrics.answer_entropy(blend),
                 "drawn": float(drawn.mean()),
                 "changed": float(others.mean()) if drawn.any() else float("nan"),
                 "lost": 1 - float((~others).sum()) / count,
@@ -166,11 +170,16 @@ def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run,
                 "spread": spread,
             }
         )
+        if drawn.all():
+            rows[-1]["blend_true"] = float(metrics.draws_differ(mean))
+            for kind, found in (("held", held_mixed[place]), ("seen", seen_mixed[place])):
+                rows[-1][f"blend_{kind}"] = float(metrics.draws_differ(metrics.answer_shares(found)))
+                rows[-1][f"blend_{kind}_alive"] = metrics.answers_alive(found)
     return pd.DataFrame(rows)
 
 
 def with_distances(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with distances between x0-hat's shares and the endings', and what they are to be held against.
+    """The table with distances between x0-hat's shares, in latents, and the endings', and what they are to be held against.
 
     ``distance`` is the total variation between the two. Endings are few, so that even the right distribution is never met
     exactly: ``floor`` is the expected distance of as many draws *from x0-hat's own shares*. ``apart`` is the squared
@@ -179,7 +188,7 @@ def with_distances(table: pd.DataFrame) -> pd.DataFrame:
     seed; nan where there is none.
     """
     found, random = table.reset_index(drop=True), np.random.default_rng(0)
-    hats, ends = (_shares(found, kind) for kind in ("hat", "end"))
+    hats, ends = (_shares(found, kind) for kind in ("held", "end"))
     alike = 1 - found["differ"].to_numpy(dtype=float)
     other = np.full(len(found), -1)
     for _, group in found.groupby(["task", "step", "way", "branch", "seed", "answers"], sort=False):

@@ -357,6 +357,16 @@ class Lens:
         """
         return decoding.decode(self.pipe, latents, rows)
 
+    def encode(
+        self, video: Float[Tensor, "batch frames height width 3"]
+    ) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]:
+        """Videos in [0, 1] as latents, scaled as the denoiser sees them: the most likely ones, on the CPU.
+
+        Raises:
+            InputError: as of `decode`.
+        """
+        return decoding.encode(self.pipe, video)
+
     def _tapped(
         self,
         function: Callable[[], Result],

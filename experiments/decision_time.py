@@ -7,11 +7,12 @@ first is about what the state keeps and the second about what was chosen:
   between motion maps of x0-hat and of the final video, with the control that it lacks, the final video of another seed. (Their
   mask of an animated goal has no counterpart on these boards.)
 * *choice*: endings of the same state by a stochastic sampler, and how often two of them differ (`dit_lens.branching`);
-* *storage*: endings after the next state was renoised about x0-hat, or replaced by noise as in CoS, and how many of them lose
-  the run's own answer. Replaced noise has a wrong noise level beside; renoised x0-hats are no states of the model.
+* *storage*: endings after the next state was renoised about x0-hat, and how many of them lose the run's own answer: what the
+  noisy state holds beyond x0-hat. Beside it, the state replaced by noise as in CoS; nothing of it is left then, and its noise
+  level is wrong, so that a loss says nothing of when the answer was stored. Renoised x0-hats are no states of the model either.
 
-All of it is held against a new seed, which is what the endings of step 0 are. Only samples with several legal answers. The full
-preset thins the places from where endings leave, and has two endings of each state.
+All of it is held against a new seed, which is what the endings of step 0 are. Only samples with several legal answers. Endings
+leave at a step; their noise enters at the next one, whose sigma is lower. The full preset thins the places from where they leave.
 """
 
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ EXPERIMENT = Experiment(
             batch=128,
             places=(0, 0.05, 0.1, 0.16, 0.21, 0.27, 0.32, 0.37, 0.42, 0.47, 0.53, 0.64, 0.79, 1),
             branched=50,
+            endings=4,
             leave=(0, 0.1, 0.16, 0.27, 0.37, 0.53),
         ),
     },

@@ -6,10 +6,12 @@ them, how near it has come to the final video, and how much of the first and of 
 (`dit_lens.readings` has all numbers).
 
 A perfect flow predictor's x0-hat is a mean over all videos that the state leaves open, so that a blend of answers is forced by
-training and is no sign of a search. Three comparisons tell:
+training and is no sign of a search. It is a mean in *latents*: there the weight of each answer is read (`dit_lens.blends`), as
+the decoder hides the weaker of two. A control says how much: blends of endings, whose weights are known, read both ways. Three
+comparisons tell what a blend means:
 * at sigma 1, the mean of the final videos of other seeds, and how alike the x0-hats of two seeds are;
 * later, endings of the same state by a stochastic sampler (`dit_lens.branching`): of live alternatives endings take each as
-  often as x0-hat shows it. Their mean must be x0-hat, for the conditional branch: the calibration. Beside them stand endings
+  often as x0-hat holds it. Their mean must be x0-hat, for the conditional branch: the calibration. Beside them stand endings
   of a renoised x0-hat, which leaves the model's distribution;
 * where there is one legal answer, a *decoy*: how alive a reading finds a wrong one.
 

@@ -1,5 +1,8 @@
 """The claims of the step lens, with what each stands or falls with. Thresholds are from the source's own statements, where it
 makes them, and written down before the first full run; `timing.EARLY` says which steps are early.
+
+How undecided x0-hat is, is read in its latents (`dit_lens.blends`): decoded, a blend of two answers whose weights are known shows
+the stronger one alone far too often. That control, and the numbers of decoded videos, are in a table of the experiment.
 """
 
 import pandas as pd
@@ -25,10 +28,10 @@ def guided(results: pd.DataFrame, several: bool | None = True) -> pd.DataFrame:
 
 
 def endings(results: pd.DataFrame, way: str = "ancestral") -> pd.DataFrame:
-    """Endings of guided runs, where x0-hat shows something."""
+    """Endings of guided runs."""
     # Where no task has several answers, nothing was branched.
     rows = of(results, "endings")
-    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "way", "differ", "hat_differ", "apart", "apart_shuffled"])))
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "way", "differ", "held_differ", "apart", "apart_shuffled"])))
     return rows[(rows["way"] == way) & (rows["branch"] == "guided")]
 
 
@@ -53,32 +56,32 @@ def at_once(results: pd.DataFrame) -> Interval:
 
 def two_alive(results: pd.DataFrame) -> Interval:
     rows = guided(results)
-    found = any_of(rows[early(rows)].assign(two=rows["alive"] >= 2), "two", [*RUN, CLUSTER])
+    found = any_of(rows[early(rows)].assign(two=rows["held_alive"] >= 2), "two", [*RUN, CLUSTER])
     return average(found, found["two"])
 
 
 def fooled(results: pd.DataFrame) -> Interval:
     rows = guided(results, several=False)
-    rows = rows[early(rows)].dropna(subset=["fooled"])
-    found = any_of(rows.assign(two=rows["fooled"] >= 2), "two", [*RUN, CLUSTER])
+    rows = rows[early(rows)].dropna(subset=["held_fooled"])
+    found = any_of(rows.assign(two=rows["held_fooled"] >= 2), "two", [*RUN, CLUSTER])
     return average(found, found["two"])
 
 
 def entropy_falls(results: pd.DataFrame) -> Interval:
     rows = guided(results)
     below = rows.loc[rows["sigma"] < 1 - 1e-6, "step"].min()
-    return difference(rows, "entropy", rows["step"] == below, rows["step"] == rows["step"].max(), CLUSTER)
+    return difference(rows, "held_entropy", rows["step"] == below, rows["step"] == rows["step"].max(), CLUSTER)
 
 
 def beyond_seeds(results: pd.DataFrame) -> Interval:
     rows = endings(results, "other seeds")
-    return average(rows, rows["hat_differ"] - rows["differ"])
+    return average(rows, rows["held_differ"] - rows["differ"])
 
 
 def beyond_endings(results: pd.DataFrame) -> Interval:
     rows = endings(results)
     rows = rows[early(rows)]
-    return average(rows, rows["hat_differ"] - rows["differ"])
+    return average(rows, rows["held_differ"] - rows["differ"])
 
 
 def more_of_endings(results: pd.DataFrame) -> Interval:
@@ -104,7 +107,7 @@ def pattern(results: pd.DataFrame) -> pd.DataFrame:
 
 def superposed(results: pd.DataFrame) -> Interval:
     rows = pattern(results)
-    found = any_of(rows.assign(two=rows["alive"] >= 2), "two", [*RUN, CLUSTER])
+    found = any_of(rows.assign(two=rows["held_alive"] >= 2), "two", [*RUN, CLUSTER])
     return average(found, found["two"])
 
 
@@ -116,8 +119,13 @@ def gain(results: pd.DataFrame) -> Interval:
 def converged(results: pd.DataFrame) -> Interval:
     rows = guided(results)
     rows = rows[(rows["task"] == "pattern") & (rows["step"] == rows["step"].max())]
-    return average(rows, rows["top"])
+    return average(rows, rows["held_top"])
 
+
+IN_LATENTS = (
+    "x0-hat is read in latents and no longer decoded, as a decoded blend of two answers of known weights shows one of them alone"
+    " too often; thresholds as before"
+)
 
 CLAIMS = (
     Claim(
@@ -148,12 +156,13 @@ CLAIMS = (
             Criterion("undecided beyond the final videos of other seeds, at sigma 1", 0.0, beyond_seeds),
             Criterion("undecided beyond endings of the same state, at early steps", 0.0, beyond_endings),
         ),
-        "a decoy where one answer is legal; final videos of other seeds; endings of the same state",
+        "a decoy where one answer is legal; final videos of other seeds; endings of the same state; blends of known weights",
+        changed=IN_LATENTS,
     ),
     Claim(
         "C2b",
         "The candidates are live alternatives, as in a breadth-first search: endings of a state take them as often as x0-hat "
-        "shows them.",
+        "holds them.",
         f"{PAPER}, section 3.1.1",
         "near-verbatim",
         (
@@ -164,7 +173,8 @@ CLAIMS = (
             Criterion("endings of early steps more undecided than x0-hat", 0.1, more_of_endings, above=False),
             Criterion("by how much the chance that two endings differ falls over the places they leave", 0.1, endings_agree),
         ),
-        "endings of other samples; final videos of other seeds; as many draws from what x0-hat shows",
+        "endings of other samples; final videos of other seeds; as many draws from what x0-hat holds; blends of known weights",
+        changed=IN_LATENTS,
     ),
     Claim(
         "C3",
@@ -172,10 +182,11 @@ CLAIMS = (
         f"{PAPER}, section 3.1.2, Fig. 2 e-f",
         "near-verbatim",
         (
-            Criterion("share of runs with two legal symbols a quarter drawn at an early step", 0.5, superposed),
+            Criterion("share of runs with two legal symbols of a quarter or more at an early step", 0.5, superposed),
             Criterion("of the change, what a second symbol explains beyond the best single one", 0.1, gain),
             Criterion("weight of the stronger symbol at the last step", 0.9, converged),
         ),
-        "the best single symbol of the alphabet; one legal symbol and a decoy",
+        "the best single symbol of the alphabet; one legal symbol and a decoy; blends of known weights",
+        changed=IN_LATENTS,
     ),
 )

@@ -6,17 +6,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dit_lens import plots
+from dit_lens import metrics, plots
 from dit_lens.experiment import Context
 from dit_lens.statistics import in_words, summarise
 from experiments.timing import agreement, at_noise
 
-MEASURES = {
-    "right": "share right",
-    "alive": "legal answers alive",
+MEASURES = {"right": "share right", "cosine": "cosine of motion maps"}
+WEIGHTS = {
+    "own": "weight of the run's\nfinal answer",
     "entropy": "entropy (bits)",
-    "cosine": "cosine of motion maps",
+    "alive": "legal answers of a\nquarter or more",
 }
+HAT, SEEN, ENDS = "x0-hat in latents", "x0-hat decoded", "endings of its state"
+READ = {
+    HAT: {"own": "held_own", "entropy": "held_entropy", "alive": "held_alive"},
+    SEEN: {"own": "own_share", "entropy": "entropy", "alive": "alive"},
+}
+"""Columns of what is read of the legal answers, in latents and of the decoded video."""
 SERIES = {
     "cosine_final": "x0-hat (cosine: to its own final video)",
     "cosine_seeds": "to another seed's x0-hat at the same step",
@@ -24,7 +30,6 @@ SERIES = {
     "cosine_other_sample": "to another sample's final video (control)",
 }
 AXIS = "\u03c3 (noise on the left, clean on the right)"
-HAT, ENDS = "x0-hat", "endings of its state"
 WAYS = {
     ("ancestral", "guided"): "",
     ("ancestral", "cond"): ", cond branch",
@@ -43,13 +48,16 @@ def draw(context: Context, results: pd.DataFrame, films: Mapping[str, tuple[Sequ
     mazes = [films[f"{name}-0"][1][0] for name in ("maze", "maze-loops") if f"{name}-0" in films]
     if mazes:
         watch(context, mazes, labels)
-    for branch in settings.branches:
-        step_numbers(context, read[read["branch"] == branch], branch)
-    settling(context, first)
+    weights(context, first)
     if (results["about"] == "endings").any():
-        endings(context, results[results["about"] == "endings"])
+        left = results[results["about"] == "endings"]
+        endings(context, left)
+        known_blends(context, left)
     if (first["task"] == "pattern").any():
         superposition(context, first[first["task"] == "pattern"])
+    settling(context, first)
+    for branch in settings.branches:
+        step_numbers(context, read[read["branch"] == branch], branch)
     for samples, pictures in films.values():
         for sample, film in zip(samples, pictures, strict=True):
             step_film(context, sample, film, labels)
@@ -77,42 +85,67 @@ def step_film(context: Context, sample: Any, film: np.ndarray, labels: list[str]
     context.figure(f"{sample.task.name}-{sample.index}", figure, f"{sample.task.name}, {kind}", about, wide=False)
 
 
+def weights(context: Context, read: pd.DataFrame) -> None:
+    """How undecided x0-hat is between legal answers, in latents and decoded, and how large the final one is."""
+    several = read[read["answers"] > 1]
+    if several.empty:
+        return
+    measured = [
+        summarise(several, column, ["task", "sigma"]).assign(measure=measure, series=name)
+        for name, columns in READ.items()
+        for measure, column in columns.items()
+    ]
+    figure = plots.curve_grid(
+        pd.concat(measured, ignore_index=True),
+        x="sigma",
+        x_label=AXIS,
+        row="measure",
+        column="task",
+        series="series",
+        row_labels=WEIGHTS,
+        noise_axis=True,
+        limits={"own": (-0.03, 1.03)},
+    )
+    about = (
+        f"Held-out samples with two or more legal answers, {context.settings.seeds} seeds, {context.settings.branches[0]} branch."
+        " In latents: the last latent frame as a mixture of the first frame and of the true videos of the answers. Decoded: the"
+        " same of the colours of the decoded last frame, where the decoder hides the weaker answers. 95 % bootstrap intervals"
+        " over samples, N in the corner."
+    )
+    context.figure("weights", figure, "Which answers x0-hat holds, and which its picture shows", about)
+
+
 def step_numbers(context: Context, results: pd.DataFrame, branch: str) -> None:
-    """The four measures against sigma for every task, and their first and last values in a table."""
+    """How right x0-hat is and how near the final video, against sigma for every task; and first and last values in a table."""
     settings, own = context.settings, SERIES["cosine_final"]
-    measured = [summarise(results, m, ["task", "sigma"]).assign(measure=m, series=own) for m in list(MEASURES)[:3]]
+    measured = [summarise(results, "right", ["task", "sigma"]).assign(measure="right", series=own)]
     measured += [summarise(results, c, ["task", "sigma"]).assign(measure="cosine", series=s) for c, s in SERIES.items()]
     about = (
         f"Held-out samples x {settings.seeds} seeds per task, {branch} branch; 95 % intervals: bootstrap over samples, N of them"
         " in the corner (a share of 0 or 1: exact binomial)."
     )
-    titles = {
-        ("right", "cosine"): "How much of the final video x0-hat shows",
-        ("entropy", "alive"): "How undecided x0-hat is, in samples with two or more legal answers",
-    }
-    for rows, title in titles.items():
-        here = [table for table in measured if not table.empty and set(table["measure"]) <= set(rows)]
-        if not here:  # no sample with several legal answers
-            continue
-        figure = plots.curve_grid(
-            pd.concat(here, ignore_index=True),
-            x="sigma",
-            x_label=AXIS,
-            row="measure",
-            column="task",
-            series="series",
-            row_labels={row: MEASURES[row] for row in rows},
-            controls=list(SERIES.values())[2:],
-            noise_axis=True,
-            limits={"right": (-0.03, 1.03), "cosine": (0, 1.03)},
-        )
-        context.figure(f"{rows[0]}-{branch}", figure, f"{title} ({branch})", about)
+    figure = plots.curve_grid(
+        pd.concat([table for table in measured if not table.empty], ignore_index=True),
+        x="sigma",
+        x_label=AXIS,
+        row="measure",
+        column="task",
+        series="series",
+        row_labels=MEASURES,
+        controls=list(SERIES.values())[2:],
+        noise_axis=True,
+        limits={"right": (-0.03, 1.03), "cosine": (0, 1.03)},
+    )
+    if results["sigma"].nunique() < len(settings.places):
+        at_noise(figure, results["sigma"].min())
+    context.figure(f"right-{branch}", figure, f"How much of the final video x0-hat shows ({branch})", about)
     first, last = results["step"].min(), results["step"].max()
     shown = {
         ("correlation_seeds", "correlation of two seeds' x0-hats"): (first,),
         ("correlation_samples", "of two samples'"): (first,),
         ("right", "right"): (first, last),
-        ("entropy", "bits"): (first, last),
+        ("held_entropy", "bits in latents"): (first, last),
+        ("entropy", "bits decoded"): (first, last),
         ("cosine_final", "cosine to own final"): (first,),
         ("cosine_other_seed", "to another seed's"): (first,),
         ("cosine_seeds", "between seeds"): (first,),
@@ -124,7 +157,7 @@ def step_numbers(context: Context, results: pd.DataFrame, branch: str) -> None:
         for (column, title), steps in shown.items()
         for step in steps
     }
-    context.table(f"First and last step in numbers ({branch})", pd.DataFrame(table), about)
+    context.table(f"Steps {first:.0f} and {last:.0f} in numbers ({branch})", pd.DataFrame(table), about)
 
 
 def settling(context: Context, read: pd.DataFrame) -> None:
@@ -162,7 +195,9 @@ def endings(context: Context, left: pd.DataFrame) -> None:
         rows = left[(left["way"] == way) & (left["branch"] == branch)]
         shown = {("differ", ENDS + suffix): "differ", ("distance", ENDS + suffix): "distance"}
         if way != "renoised":
-            shown[("differ", HAT + suffix)] = "hat_differ"
+            shown[("differ", HAT + suffix)] = "held_differ"
+        if (way, branch) == ("ancestral", "guided"):
+            shown[("differ", SEEN)] = "seen_differ"
         if (way, branch) in (("ancestral", "guided"), ("other seeds", "guided")):
             shown[("distance", "another sample's endings (control)")] = "shuffled"
             shown[("distance", "as few draws from x0-hat (control)")] = "floor"
@@ -180,7 +215,7 @@ def endings(context: Context, left: pd.DataFrame) -> None:
         row="row",
         column="task",
         series="series",
-        row_labels={"differ": "chance that two\ndraws differ", "distance": "distance to what\nx0-hat shows"},
+        row_labels={"differ": "chance that two\ndraws differ", "distance": "distance to what\nx0-hat holds"},
         controls=[name for name in summary["series"].unique() if name.endswith(")")],
         noise_axis=True,
         limits={"differ": (-0.03, 1.03), "distance": (-0.03, 1.03)},
@@ -189,10 +224,10 @@ def endings(context: Context, left: pd.DataFrame) -> None:
         f"{context.settings.endings} endings of each state by a stochastic sampler, of samples with two or more legal answers,"
         f" seed 0; at \u03c3 = 1 the final videos of {context.settings.finals} seeds. Above: 1 less the sum of squared shares of"
         " the answers in x0-hat, and the same of endings, estimated without bias from pairs of them. Below: total variation"
-        " distance. Live alternatives: both agree; a blur over a choice that is made: endings agree with each other."
+        " distance, in latents. Live alternatives: both agree; a blur over a choice that is made: endings agree with each other."
         " 95 % bootstrap intervals over samples, N in the corner."
     )
-    context.figure("endings", at_noise(figure, left["sigma"].min()), "What x0-hat shows, and what becomes of the state", about)
+    context.figure("endings", at_noise(figure, left["sigma"].min()), "What x0-hat holds, and what becomes of the state", about)
     table = pd.DataFrame(calibration)
     context.table(
         "Calibration: is x0-hat the mean of the endings?",
@@ -204,13 +239,38 @@ def endings(context: Context, left: pd.DataFrame) -> None:
     )
 
 
+def known_blends(context: Context, left: pd.DataFrame) -> None:
+    """What is read of blends of endings' latents, whose weights are known: the control of both readings."""
+    columns = ["blend_true", *[f"blend_{kind}{what}" for kind in ("held", "seen") for what in ("", "_alive")]]
+    mixed = left.reindex(columns=[*left, *[name for name in columns if name not in left]])
+    # Where all endings are one answer there is nothing to be told apart.
+    mixed = mixed[(mixed["way"] != "renoised") & (mixed["blend_true"] > metrics.DECIDABLE)]
+    rows = []
+    for task, here in mixed.groupby("task", sort=False):
+        row: dict[str, Any] = {"task": task, "blends": len(here), "samples": here["sample"].nunique()}
+        for kind, name in (("held", HAT), ("seen", SEEN)):
+            named = here.assign(two=here[f"blend_{kind}_alive"] >= 2)
+            row[f"two answers of a quarter or more, {name}"] = in_words(summarise(named, "two", ["task"], "cluster"))
+        for column, name in (("blend_true", "true"), ("blend_held", HAT), ("blend_seen", SEEN)):
+            row[f"chance that two draws differ, {name}"] = in_words(summarise(here, column, ["task"], "cluster"))
+        rows.append(row)
+    if rows:
+        context.table(
+            "Blends of known weights: what either reading finds",
+            pd.DataFrame(rows),
+            "The mean of the latents of a state's endings (or of other seeds' final videos) that show two answers or more: its"
+            " weights are the answers' shares among them. Two are there in all of these blends, each of a quarter or more where"
+            f" there are {context.settings.endings} endings. 95 % bootstrap intervals over samples.",
+        )
+
+
 def superposition(context: Context, read: pd.DataFrame) -> None:
     """The pattern task: whether two symbols are there at once, and whether one would explain what is seen."""
     kinds = np.where(read["answers"] > 1, "two legal symbols", "one legal symbol, and a decoy (control)")
-    both = read["alive"].where(read["answers"] > 1, read["fooled"])
+    both = read["held_alive"].where(read["answers"] > 1, read["held_fooled"])
     named = read.assign(kind=kinds, two=(both >= 2).astype(float).mask(both.isna()))
     series = {
-        ("two", "two"): "both symbols a quarter drawn",
+        ("two", "two"): "both symbols of a quarter or more",
         ("left", "one_symbol"): "unexplained by the best single symbol",
         ("left", "two_symbols"): "unexplained by the two symbols",
     }
@@ -229,8 +289,8 @@ def superposition(context: Context, read: pd.DataFrame) -> None:
         limits={"two": (-0.03, 1.03)},
     )
     about = (
-        "The pattern task: the marked place in the last frame of x0-hat, taken for a mixture of the first frame and one symbol"
-        " (whichever of the alphabet fits best), or of the first frame and two given ones. Unexplained: of the squared change"
-        " from the first frame. 95 % bootstrap intervals over samples, N in the corner."
+        "The pattern task: the last latent frame of x0-hat, taken for a mixture of the first frame and one symbol (whichever of"
+        " the alphabet fits best), or of the first frame and two given ones. Unexplained: of the squared change from the first"
+        " frame, as far as the alphabet can make it. 95 % bootstrap intervals over samples, N in the corner."
     )
     context.figure("superposition", figure, "Two symbols in one place", about)

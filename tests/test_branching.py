@@ -189,7 +189,17 @@ def as_run(videos: Tensor) -> dl.Run:
     """A run of one step with these videos, which are its latents too."""
     one: dict[str, Any] = {"seeds": (0,) * len(videos), "prompts": ("",) * len(videos), "layout": Layout(5, 8, 8)}
     one |= {"timesteps": (1000.0,), "sigmas": torch.ones(1), "experts": ("transformer",), "branches": (), "weights": (None,)}
-    return dl.Run(**one, scheduler="none", latents=torch.stack([videos] * 2), outputs={}, video=videos)
+    return dl.Run(**one, scheduler="none", latents=torch.stack([as_latents(videos)] * 2), outputs={}, video=videos)
+
+
+def as_latents(videos: Tensor) -> Tensor:
+    """A codec without loss and far from linear: of a blend in latents, the picture shows the stronger part."""
+    return (videos.movedim(-1, 1) - 0.5).sign() * (2 * videos.movedim(-1, 1) - 1).abs() ** 0.2
+
+
+def as_video(latents: Tensor) -> Tensor:
+    """The other way round."""
+    return ((latents.sign() * latents.abs() ** 5 + 1) / 2).movedim(1, -1).float()
 
 
 def test_endings_beside_what_x0_hat_shows() -> None:
@@ -199,12 +209,12 @@ def test_endings_beside_what_x0_hat_shows() -> None:
 
     def table(hats: Tensor, *endings: Tensor) -> pd.DataFrame:
         """Endings of each sample, with videos in the place of latents."""
-        lens = SimpleNamespace(decode=lambda latents: latents)
-        return endings_table(lens, samples, hats, as_run(torch.stack(endings, dim=1).flatten(0, 1)), as_run(one))
+        lens = SimpleNamespace(decode=as_video, encode=as_latents)
+        return endings_table(lens, samples, as_latents(hats), as_run(torch.stack(endings, dim=1).flatten(0, 1)), as_run(one))
 
     live = table(even, one, other, one, other)
-    assert live[["hat_0", "hat_1", "end_0", "end_1", "hat_bits", "mean_bits"]].to_numpy() == pytest.approx(
-        np.tile([0.5, 0.5, 0.5, 0.5, 1, 1], (3, 1)), abs=0.03
+    assert live[["held_0", "held_1", "end_0", "end_1", "blend_true", "blend_held"]].to_numpy() == pytest.approx(
+        np.tile([0.5] * 6, (3, 1)), abs=0.03
     )
     assert live["differ"].to_numpy() == pytest.approx(2 / 3, abs=0.03)  # four of six pairs
     assert live["changed"].tolist() == live["lost"].tolist() == [0.5] * 3
@@ -216,7 +226,7 @@ def test_endings_beside_what_x0_hat_shows() -> None:
     assert (made["bias"] > 0).all()
     assert made["spread"].to_numpy() == pytest.approx(0)
     assert made["differ"].to_numpy() == pytest.approx(0, abs=0.03)
-    assert made["hat_differ"].to_numpy() == pytest.approx(0.5, abs=0.03)
+    assert made["held_differ"].to_numpy() == pytest.approx(0.5, abs=0.03)
     empty = table(even, *[one[:, :1].expand_as(one)] * 4)
     assert empty["drawn"].tolist() == empty["accepted"].tolist() == [0] * 3
     assert empty["lost"].tolist() == [1] * 3
@@ -234,8 +244,8 @@ def test_shuffled_distances_are_to_another_samples_endings() -> None:
     table = pd.DataFrame(
         {
             **{"task": "t", "sample": [0, 1, 2], "answers": [2, 2, 3], "step": 1, "way": "w", "branch": "b", "seed": 0},
-            **{"endings": 4, "hat_0": [1.0, 0.0, 1.0], "hat_1": [0.0, 1.0, 0.0], "hat_2": [np.nan, np.nan, 0.0]},
-            **{"end_0": [1.0, 0.0, 1.0], "end_1": [0.0, 1.0, 0.0], "end_2": [np.nan, np.nan, 0.0], "hat_bits": 5.0},
+            **{"endings": 4, "held_0": [1.0, 0.0, 1.0], "held_1": [0.0, 1.0, 0.0], "held_2": [np.nan, np.nan, 0.0]},
+            **{"end_0": [1.0, 0.0, 1.0], "end_1": [0.0, 1.0, 0.0], "end_2": [np.nan, np.nan, 0.0]},
             "differ": 0.0,
         }
     )
@@ -254,7 +264,7 @@ def test_few_endings_do_not_make_the_squared_distance_larger() -> None:
     draws = np.stack([np.eye(2)[random.choice(2, 3, p=share)] for share in shares])
     differ = [metrics.pairs_differ(each) for each in draws]
     table = pd.DataFrame(
-        {"hat_0": shares[:, 0], "hat_1": shares[:, 1], "end_0": draws.mean(1)[:, 0], "end_1": draws.mean(1)[:, 1]}
+        {"held_0": shares[:, 0], "held_1": shares[:, 1], "end_0": draws.mean(1)[:, 0], "end_1": draws.mean(1)[:, 1]}
     )
     table = table.assign(task="t", sample=range(3000), answers=2, step=1, way="w", branch="b", seed=0, endings=3, differ=differ)
     found = with_distances(table)

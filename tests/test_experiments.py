@@ -72,6 +72,9 @@ class Planted:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.movedim(1, -1)
 
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        return video.movedim(-1, 1)
+
 
 def context(lens: Any, settings: Any, folder: Path) -> Context:
     made = Context(lens, settings, folder, "planted", "planted", {})
@@ -108,20 +111,25 @@ def test_step_lens_reads_a_planted_decision(tmp_path: Path) -> None:
     assert len(read) == (2 + 2 + 3) * 2 * 3
     several, single = read[read["answers"] > 1], read[read["answers"] == 1]
     first, last = several[several["step"] == 0], several[several["step"] == 2]
-    assert (first["entropy"] > 0.95).all()  # level answers
-    assert (first["alive"] == first["answers"]).all()
+    for kind in ("", "held_"):
+        assert (first[f"{kind}entropy"] > 0.95).all()  # level answers
+        assert (first[f"{kind}alive"] == first["answers"]).all()
+        assert last[f"{kind}entropy"].to_numpy() == pytest.approx(0, abs=1e-3)
+        assert (last[f"{kind}alive"] == 1).all()
+    assert first["held_own"].to_numpy() == pytest.approx(1 / first["answers"].to_numpy(), abs=1e-3)
+    assert last["held_own"].to_numpy() == pytest.approx(1, abs=1e-3)
     assert first["cosine_seeds"].to_numpy() == pytest.approx(1)  # a blur is the same for every seed
     assert first["correlation_seeds"].to_numpy() == pytest.approx(1)
     assert (first["correlation_samples"] < 0.999).all()
-    assert last["entropy"].to_numpy() == pytest.approx(0, abs=1e-3)
-    assert (last["alive"] == 1).all()
     assert last["right"].all()
     assert last["cosine_final"].to_numpy() == pytest.approx(1)
     assert (last["cosine_other_seed"] < 0.999).all()
     # One legal answer: decided from the start, nothing to be undecided about, and nothing of a decoy.
     assert single["right"].all()
     assert single["entropy"].isna().all()
+    assert single["held_entropy"].isna().all()
     assert (single["fooled"].dropna() == 1).all()
+    assert (single["held_fooled"].dropna() == 1).all()
     assert single["cosine_other_seed"].to_numpy() == pytest.approx(1)
     assert (single["cosine_other_sample"] < 0.999).all()
     assert read["sigma"].drop_duplicates().tolist() == list(SIGMAS)
@@ -135,12 +143,17 @@ def test_step_lens_reads_a_planted_decision(tmp_path: Path) -> None:
     assert (sampled["differ"] > 0.5).all()
     assert (sampled["distance"] < 0.05).all()
     assert (blur.loc[blur["way"] == "other seeds", "differ"] > 0.9).all()  # two seeds, two answers
+    # Here a blend of latents is one of pictures, and both readings find what was put in.
+    for kind in ("held", "seen"):
+        assert blur[f"blend_{kind}"].to_numpy() == pytest.approx(blur["blend_true"].to_numpy(), abs=0.02)
+        assert (blur[f"blend_{kind}_alive"] >= 2).all()
+    assert {"Blends of known weights: what either reading finds"} <= {table["title"] for table in made.shown["tables"]}
     assert decided["differ"].to_numpy() == pytest.approx(0, abs=1e-3)
     assert (decided["lost"] == 0).all()
     runs = results[results["about"] == "run"]
     assert (runs.loc[(runs["answers"] > 1) & (runs["seed"] == 1), "decided"] == 0.5).all()
     assert runs.loc[runs["answers"] == 1, "decided"].isna().all()
-    pictures = {"right-guided.png", "entropy-guided.png", "watch.png", "settling.png", "endings.png", "superposition.png"}
+    pictures = {"right-guided.png", "weights.png", "watch.png", "settling.png", "endings.png", "superposition.png"}
     assert pictures | {"maze-0.png", "maze-loops-0.png"} <= set(made.files)
 
 

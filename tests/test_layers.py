@@ -73,8 +73,8 @@ dit_lens.plants.mechanisms
 dit_lens.plants.model
 dit_lens.plants.build dit_lens.plants.features
 dit_lens.controls dit_lens.metrics dit_lens.statistics dit_lens.provenance
-dit_lens.plots dit_lens.bench dit_lens.branching dit_lens.readings probes.change_points probes.linear probes.newton probes.ridge
-dit_lens.sweeping
+dit_lens.plots dit_lens.bench dit_lens.blends probes.change_points probes.linear probes.newton probes.ridge
+dit_lens.branching dit_lens.readings dit_lens.sweeping
 dit_lens.attribution
 dit_lens.plants.tools
 dit_lens.plants

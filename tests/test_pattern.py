@@ -71,14 +71,8 @@ def test_an_object_of_the_row_that_is_lost_is_seen() -> None:
         assert TASK.score(board.paint(boards) / 255, sample).reason == "the sequence changed"
 
 
-def test_what_one_symbol_and_two_leave_unexplained() -> None:
-    for sample in TASK.first(12, several=True):
-        ends = [board.PALETTE[end] / 255 for end in (sample.boards[0], *sample.finals)]
-        pair = sample.answers[:2]
-        assert TASK.unexplained(ends[1], sample, pair) == pytest.approx((0, 0), abs=1e-6)
-        one, two = TASK.unexplained((ends[1] + ends[2]) / 2, sample, pair)
-        assert two == pytest.approx(0, abs=1e-6)
-        # Red and green blend to a dim yellow, but no single size is two of them.
-        assert one > 0.01 or sample.puzzle.kind == "colour"
-        assert TASK.unexplained(0.3 * ends[0] + 0.7 * ends[2], sample, pair)[0] == pytest.approx(0, abs=1e-6)
-        assert np.isnan(TASK.unexplained(ends[0], sample, pair)).all(), "nothing is drawn"
+def test_the_alphabet_has_every_answer_and_more() -> None:
+    for sample in (TASK.sample("test", index) for index in range(10)):
+        alphabet = TASK.alphabet(sample.puzzle)
+        assert {*sample.answers, TASK.wrong(sample.puzzle, np.random.default_rng(0))} <= set(alphabet)
+        assert len({sample.ends([symbol]).tobytes() for symbol in alphabet}) == len(alphabet)

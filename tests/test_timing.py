@@ -75,10 +75,10 @@ def planted(search: bool, count: int = 130) -> pd.DataFrame:
             for step, sigma in enumerate(SIGMAS):
                 blurred = several and (sigma > 0.85 if search else sigma == 1)
                 found = {
-                    "alive": (2 if blurred else 1) if several else np.nan,
-                    "fooled": np.nan if several else 1,
-                    "entropy": (0.9 if blurred else 0.01) + 0.01 * random.normal() if several else np.nan,
-                    "top": (0.6 if blurred else 0.97) + 0.01 * random.normal() if several else np.nan,
+                    "held_alive": (2 if blurred else 1) if several else np.nan,
+                    "held_fooled": np.nan if several else 1,
+                    "held_entropy": (0.9 if blurred else 0.01) + 0.01 * random.normal() if several else np.nan,
+                    "held_top": (0.6 if blurred else 0.97) + 0.01 * random.normal() if several else np.nan,
                     "one_symbol": 0.3 * blurred + 0.01 * random.random(),
                     "two_symbols": 0.01 * random.random(),
                 }
@@ -92,7 +92,7 @@ def planted(search: bool, count: int = 130) -> pd.DataFrame:
                 for way, step in (("other seeds", 0), ("ancestral", 1), ("ancestral", 2)):
                     hat = 0.5 if search or step == 0 else 0.02
                     live = hat - 0.05 * search - 0.02 if step < 2 else 0.02
-                    numbers = {"hat_differ": hat, "differ": live + 0.01 * random.normal(), "apart_shuffled": 0.5, "apart": 0.05}
+                    numbers = {"held_differ": hat, "differ": live + 0.01 * random.normal(), "apart_shuffled": 0.5, "apart": 0.05}
                     rows.append({**run, "about": "endings", "way": way, "step": step, "sigma": SIGMAS[step], **numbers})
     return clustered(pd.DataFrame(rows))
 
@@ -116,7 +116,7 @@ def test_live_alternatives_are_supported_and_a_blur_over_a_choice_is_not() -> No
     later = live["step"] == 2
     random = np.random.default_rng(1)
     noise = 0.01 * random.normal(size=len(live))
-    live.loc[ends, "hat_differ"] = np.where(later, 0.05, 0.45)[ends]
+    live.loc[ends, "held_differ"] = np.where(later, 0.05, 0.45)[ends]
     live.loc[ends, "differ"] = (np.where(later, 0.05, 0.45) + noise)[ends]
     assert verdicts(STEPS, live)["C2b"] == "supported"
     blur = live.copy()
@@ -125,8 +125,8 @@ def test_live_alternatives_are_supported_and_a_blur_over_a_choice_is_not() -> No
 
 
 def timed(readout: float, choice: float, storage: float, count: int = 130) -> pd.DataFrame:
-    """Results of a model whose readout settles at one noise level, whose endings agree below another and whose state can be
-    replaced below a third."""
+    """Results of a model whose readout settles at one noise level, whose endings agree below another and whose noise
+    holds the answer above a third."""
     random = np.random.default_rng(2)
     rows: list[dict[str, Any]] = []
     for sample in range(count):
@@ -137,7 +137,7 @@ def timed(readout: float, choice: float, storage: float, count: int = 130) -> pd
             read = {"cosine_final": cosine, "cosine_other_seed": 0.8}
             rows.append({**run, "about": "x0-hat", "step": step, "sigma": sigma, **read})
             for way in ("ancestral", "renoised", "replaced"):
-                lost = 0.5 * (sigma > (storage if way == "replaced" else choice)) + 0.01 * random.normal()
+                lost = 0.5 * (sigma > (storage if way == "renoised" else choice)) + 0.01 * random.normal()
                 rows.append({**run, "about": "endings", "way": way, "step": step, "sigma": sigma, "differ": lost, "lost": lost})
     return clustered(pd.DataFrame(rows))
 

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 
 from dit_lens.reasoner.board import OBJECT_COLOURS, SHAPES, SQUARES, Colour, blank, stamp
 from dit_lens.reasoner.tasks.base import Answer, Sample, Score, Task, kept, reveal
-from dit_lens.reasoner.unmixing import COLOURS as COLOURS_IN_UNITS
-from dit_lens.reasoner.unmixing import unmix
 
 SIZES: dict[str, Bool[np.ndarray, "3 3"]] = {
     "small": np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=bool),
@@ -30,8 +28,6 @@ PITCH = 4
 MARKER = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 1]], dtype=bool)
 """Grey corners where the next object goes."""
 PERIODS = (2, 3)
-LEAST_CHANGE = 0.01
-"""Mean squared change of a colour below which nothing is drawn at a place yet: a tenth of the range from black to white."""
 AMBIGUOUS = 0.4
 """Share of samples with two legal answers."""
 
@@ -128,26 +124,9 @@ class PatternTask(Task):
         alphabet = SIZES if puzzle.kind == "size" else COLOURS
         return str(random.choice([s for s in alphabet if s not in continuations(puzzle.symbols)]))
 
-    def unexplained(
-        self, frame: Float[np.ndarray, "16 16 3"], sample: Sample, pair: tuple[Answer, Answer]
-    ) -> tuple[float, float]:
-        """What one symbol, blended with the first frame, and what a blend of two leave unexplained at the marked place.
-
-        The one is whichever symbol of the alphabet explains most, which is the harder opponent: red and green, say, blend to a
-        dim yellow. Both are shares of the place's squared change from the first frame; nan where it has not changed.
-
-        Args:
-            frame: colours of the squares of the last frame. pair: the two symbols.
-        """
-        inside, alphabet = sample.masks["answer"], list(SIZES if sample.puzzle.kind == "size" else COLOURS)
-        start, *drawn = (COLOURS_IN_UNITS[end][inside].ravel() for end in (sample.boards[0], *sample.ends([*alphabet, *pair])))
-        point = frame[inside].ravel().astype(np.float64)
-        change = float(((point - start) ** 2).sum())
-        if change < LEAST_CHANGE * len(point):
-            return float("nan"), float("nan")
-        one = min(float(unmix(point[None], np.stack([start, symbol]))[1][0]) for symbol in drawn[:-2])
-        two = float(unmix(point[None], np.stack([start, *drawn[-2:]]))[1][0])
-        return one**2 / change, two**2 / change
+    def alphabet(self, puzzle: Sequence) -> tuple[Answer, ...]:
+        """Every symbol that could be drawn, legal or not."""
+        return tuple(SIZES if puzzle.kind == "size" else COLOURS)
 
     def judge(self, boards: UInt8[np.ndarray, "frames 16 16"], sample: Sample) -> Score:
         """The symbol at the marked place in the last frame: right if it is a legal continuation and the sequence is unchanged."""
