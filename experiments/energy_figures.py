@@ -12,6 +12,9 @@ from experiments.energy import CLEANED, LOOKS, PAPER, RANDOM, SHUFFLED, SPARSE, 
 
 MEASURES = {"preference": ("preference", 1.0), "localisation": ("localisation (ROC AUC)", 0.5)}
 """What it is called, and what it is where there is none."""
+BOTH_OUT = "without both"
+"""What a legend calls the cleaned look, beside those without the one and without the other."""
+CONTROL_SERIES = (f"{RANDOM}, {PAPER}", f"{RANDOM}, {BOTH_OUT}", f"{SHUFFLED}, {BOTH_OUT}")
 CAVEAT = (
     "A few dominant channels and the first frame, which is given, can turn the trend over the blocks round: what does not hold in"
     " every look is a reading of that look alone."
@@ -119,10 +122,8 @@ def with_series(results: pd.DataFrame) -> pd.DataFrame:
     trained = results[results["model"] == TRAINED]
     untrained = results[(results["model"] == RANDOM) & results["look"].isin([PAPER, CLEANED])]
     shuffled = results[(results["model"] == SHUFFLED) & (results["look"] == CLEANED)]
-    return pd.concat([part.assign(series=part["model"] + ", " + part["look"]) for part in (trained, untrained, shuffled)])
-
-
-CONTROL_SERIES = (f"{RANDOM}, {PAPER}", f"{RANDOM}, {CLEANED}", f"{SHUFFLED}, {CLEANED}")
+    shown = pd.concat([trained, untrained, shuffled])
+    return shown.assign(series=shown["model"] + ", " + shown["look"].replace(CLEANED, BOTH_OUT))
 
 
 def _curves(context: Context, results: pd.DataFrame, task: str) -> None:
