@@ -19,7 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREYS = (("#444444", (0, (4, 2))), ("#808080", (0, (1, 1))), ("#777777", (0, (6, 1.5, 1, 1.5))))
+GREYS = (
+    ("#444444", (0, (4, 2))),
+    ("#808080", (0, (1, 1))),
+    ("#777777", (0, (6, 1.5, 1, 1.5))),
+    ("#aaaaaa", (0, (8, 2))),
+)
 FEW = 0.05
 """Share of a panel's largest number of samples below which a point is not drawn: one run of a hundred is no curve."""
 LOOK: Any = {

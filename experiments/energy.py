@@ -1,5 +1,7 @@
 """What is measured of the energy of tokens: maps made on the device, and numbers of a map and a region."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,23 +12,51 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 import dit_lens as dl
+from dit_lens import metrics
 
 TRAINED, SHUFFLED, RANDOM = "trained", "trained, tokens shuffled", "random weights"
 """Whose energy it is."""
+PAPER, CHANNELS, FRAMES = "as in the paper", "without dominant channels", "without the first frame"
+CLEANED = "without dominant channels and first frame"
+LOOKS = (PAPER, CHANNELS, FRAMES, CLEANED)
+"""What of it is looked at."""
 DOMINANT = 10.0
-"""A channel dominates where its root mean square over the tokens of a row is so many times that of the median channel."""
+"""A channel dominates a block where its root mean square over all tokens of all samples is so many times the median channel's."""
+SPARSE = 0.05
+"""The share of the tokens, those with the most energy, whose share of the energy says how sparse it is."""
 BEHIND = ("background", "wall", "open", "grid")
 """Regions that are no objects; all others together are the foreground."""
 
 
-def energies(activation: Float[Tensor, "batch frames height width channels"], cell: dl.Cell) -> Tensor:
-    """Maps of every row, (batch, 3, frames, height, width): L2 norm, the same without dominant channels, how many these are."""
-    squares = activation.float().square()
-    size = squares.mean(dim=(1, 2, 3)).sqrt()
-    dominant = size > DOMINANT * size.median(dim=-1, keepdim=True).values
-    without = squares.masked_fill(dominant[:, None, None, None], 0).sum(dim=-1).sqrt()
-    count = dominant.sum(dim=-1).float()[:, None, None, None].expand_as(without)
-    return torch.stack([squares.sum(dim=-1).sqrt(), without, count], dim=1)
+Channels = Mapping[tuple[str, int], Bool[np.ndarray, " channels"]]
+"""The dominant channels of every block of every expert."""
+
+
+def channel_squares(
+    activation: Float[Tensor, "batch frames height width channels"], cell: dl.Cell
+) -> Float[Tensor, "batch channels"]:
+    """The mean square of every channel over the tokens of every row."""
+    return activation.float().square().mean(dim=(1, 2, 3))
+
+
+def dominating(squares: Float[np.ndarray, " channels"]) -> Bool[np.ndarray, " channels"]:
+    """The channels that dominate, by their squares summed over all samples. All maps of a block lose the same ones: chosen for
+    each sample, a channel near the limit would be taken out of some maps and left in others."""
+    size = np.sqrt(squares)
+    return size > DOMINANT * np.median(size)
+
+
+@dataclass(frozen=True, eq=False)
+class Energies:
+    """A reducer to maps of every row, (batch, 2, frames, height, width): L2 norm, and the same without dominant channels."""
+
+    dominant: Channels
+
+    def __call__(self, activation: Float[Tensor, "batch frames height width channels"], cell: dl.Cell) -> Tensor:
+        """The maps."""
+        squares = activation.float().square()
+        out = torch.from_numpy(self.dominant[cell.expert, cell.block]).to(squares.device)
+        return torch.stack([squares.sum(dim=-1).sqrt(), squares.masked_fill(out, 0).sum(dim=-1).sqrt()], dim=1)
 
 
 def components(activation: Float[Tensor, "batch frames height width channels"], cell: dl.Cell) -> Tensor:
@@ -45,10 +75,56 @@ def regions(sample: Any) -> dict[str, Bool[np.ndarray, "16 16"]]:
     return {**sample.masks, "foreground": np.any(objects, axis=0)}
 
 
-def localisation(energy: Float[np.ndarray, "frames height width"], inside: Float[np.ndarray, "height width"]) -> float:
-    """Area under the ROC curve of the energy for tokens of which any part lies inside."""
-    truth = np.broadcast_to(inside > 0, energy.shape).ravel()
-    ranks, positive = rankdata(energy), int(truth.sum())
-    if positive in (0, len(truth)):
-        return np.nan
-    return float((ranks.ravel()[truth].sum() - positive * (positive + 1) / 2) / (positive * (len(truth) - positive)))
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """The regions of some samples of one task: names, and the fraction of each token that lies inside."""
+
+    names: tuple[str, ...]
+    inside: Float[np.ndarray, "samples regions height width"]
+
+    @classmethod
+    def of(cls, samples: Sequence[Any], layout: tuple[int, int]) -> "Regions":
+        """Those of a layout of (height, width) tokens."""
+        masks = [regions(sample) for sample in samples]
+        inside = [[metrics.mask_fractions(mask, layout) for mask in each.values()] for each in masks]
+        return cls(tuple(masks[0]), np.array(inside, dtype=np.float64))
+
+
+def looks(
+    maps: Float[np.ndarray, "samples 2 frames height width"],
+) -> dict[str, Float[np.ndarray, "samples frames height width"]]:
+    """What is looked at of maps that `Energies` made; a picture of a single frame keeps it."""
+    norm, without = maps[:, 0], maps[:, 1]
+    later = slice(1 if maps.shape[2] > 1 else 0, None)
+    return {PAPER: norm, CHANNELS: without, FRAMES: norm[:, later], CLEANED: without[:, later]}
+
+
+def preference(
+    energy: Float[np.ndarray, "samples frames height width"], inside: Float[np.ndarray, "samples regions height width"]
+) -> Float[np.ndarray, "samples regions"]:
+    """Share of the energy inside a region over its share of the area; nan for a region that is not there."""
+    tokens = energy.sum(axis=1, dtype=np.float64)
+    area = inside.mean(axis=(2, 3))
+    share = np.einsum("syx,sryx->sr", tokens, inside) / tokens.sum(axis=(1, 2))[:, None]
+    return share / np.where(area > 0, area, np.nan)
+
+
+def localisation(
+    energy: Float[np.ndarray, "samples frames height width"], inside: Float[np.ndarray, "samples regions height width"]
+) -> Float[np.ndarray, "samples regions"]:
+    """Area under the ROC curve of the energy for tokens of which any part lies inside; nan where all do, or none."""
+    ranks = rankdata(energy.reshape(len(energy), -1), axis=1).reshape(energy.shape).sum(axis=1)
+    positive = (inside > 0).sum(axis=(2, 3)) * energy.shape[1]
+    negative = energy[0].size - positive
+    above = np.einsum("syx,sryx->sr", ranks, (inside > 0).astype(float)) - positive * (positive + 1) / 2
+    pairs = positive * negative
+    return above / np.where(pairs > 0, pairs, np.nan)
+
+
+def sparsity(energy: Float[np.ndarray, "samples frames height width"]) -> Float[np.ndarray, " samples"]:
+    """Share of the energy in the `SPARSE` part of the tokens that has most of it; `SPARSE` itself where it is spread evenly."""
+    falling = -np.sort(-energy.reshape(len(energy), -1).astype(np.float64), axis=1)
+    most = SPARSE * falling.shape[1]
+    # Where the part ends within a token, that token counts by as much of it as lies in the part.
+    weights = (most - np.arange(falling.shape[1])).clip(0, 1)
+    return falling @ weights / falling.sum(axis=1)

@@ -8,36 +8,62 @@ import pandas as pd
 from dit_lens import plots
 from dit_lens.experiment import Context
 from dit_lens.statistics import in_words, summarise
-from experiments.energy import RANDOM, SHUFFLED, TRAINED
+from experiments.energy import CLEANED, LOOKS, PAPER, RANDOM, SHUFFLED, SPARSE, TRAINED
 
 MEASURES = {"preference": ("preference", 1.0), "localisation": ("localisation (ROC AUC)", 0.5)}
 """What it is called, and what it is where there is none."""
+BOTH_OUT = "without both"
+"""What a legend calls the cleaned look, beside those without the one and without the other."""
+CONTROL_SERIES = (f"{RANDOM}, {PAPER}", f"{RANDOM}, {BOTH_OUT}", f"{SHUFFLED}, {BOTH_OUT}")
+CAVEAT = (
+    "A few dominant channels and the first frame, which is given, can turn the trend over the blocks round: what does not hold in"
+    " every look is a reading of that look alone."
+)
 
 
-def maps(context: Context, energy: np.ndarray, model: str, sample: Any) -> None:
-    """The grid of Fig. 6a for one sample, blocks downwards, latent frames to the right: raw, and over the block's mean."""
+def maps(context: Context, energy: np.ndarray, without: np.ndarray, model: str, sample: Any) -> None:
+    """The grid of Fig. 6a for one sample, blocks downwards, latent frames to the right: raw, over the block's mean, and so
+    without dominant channels and the first frame."""
+    later = slice(1 if energy.shape[1] > 1 else 0, None)
     index = pd.MultiIndex.from_product([range(n) for n in energy.shape], names=["block", "frame", "y", "x"])
-    table = pd.DataFrame({"raw": energy.ravel()}, index=index).reset_index()
-    table["relative"] = table["raw"] / table.groupby("block")["raw"].transform("mean")
-    looks = {"raw": ("L2 norm", "raw"), "relative": ("L2 norm / mean of its block", "divided by the mean of its block")}
-    for value, (label, title) in looks.items():
+    table = pd.DataFrame({"raw": energy.ravel(), "without": without.ravel()}, index=index).reset_index()
+    kept = table[table["frame"] >= later.start]
+    pictures = _pictures(sample, energy.shape[1])
+    looks = {
+        "raw": (table, table["raw"], "L2 norm", "raw", pictures),
+        "relative": (table, _relative(table, "raw"), "L2 norm / mean of its block", "divided by the mean of its block", pictures),
+        "cleaned": (
+            kept,
+            _relative(kept, "without"),
+            "L2 norm / mean of its block",
+            f"{CLEANED}, divided by the mean of its block",
+            pictures[later],
+        ),
+    }
+    for name, (shown, value, label, title, above) in looks.items():
         figure = plots.token_maps(
-            table,
+            shown.assign(value=value),
             row="block",
             column="frame",
-            value=value,
+            value="value",
             value_label=label,
-            pictures=_pictures(sample, energy.shape[1]),
+            pictures=above,
             picture_label="true video",
         )
         context.figure(
-            f"maps-{model}-{value}",
+            f"maps-{model}-{name}",
             figure,
             f"Energy of every token, {title} ({model} weights)",
             f"{sample.task.name}, held-out sample {sample.index}, first step, {context.settings.branch} branch. Rows: blocks; "
-            "columns: latent frames. One colour scale, from the 1st to the 99th percentile.",
+            "columns: latent frames. One colour scale, from the 1st to the 99th percentile. What a map shows may be a few "
+            "dominant channels, or the first frame, which is given: compare the looks.",
             wide=False,
         )
+
+
+def _relative(table: pd.DataFrame, value: str) -> pd.Series:
+    """Over the mean of its block; a block whose every channel dominates leaves nothing."""
+    return table[value] / table.groupby("block")[value].transform("mean")
 
 
 def component_maps(context: Context, found: np.ndarray, model: str, sample: Any) -> None:
@@ -63,37 +89,52 @@ def component_maps(context: Context, found: np.ndarray, model: str, sample: Any)
     )
 
 
-def numbers(context: Context, results: pd.DataFrame, *looks: str) -> None:
-    """Both measures of every block for every region against the controls, and their extremes over the blocks in a table."""
+def numbers(context: Context, results: pd.DataFrame, early: tuple[float, float], middle: tuple[float, float]) -> None:
+    """The measures of every block for every region in every look, against the controls, and in tables. ``early`` and ``middle``
+    are bands of relative depth."""
     at = [f"step {step}, \u03c3 {sigma:.2f}" for step, sigma in zip(results["step"], results["sigma"], strict=True)]
     # Samples of two tasks are samples of their own.
     named = results.assign(at=at, maze=results["task"] + "/" + results["sample"].astype(str))
+    drawn = with_series(named)
+    for task, own in drawn.groupby("task", sort=False):
+        _curves(context, own, str(task))
+    _sparsity(context, drawn[drawn["region"] == "foreground"])
+    _bands(context, named, early, middle)
     first = named[named["step"] == named["step"].min()]
-    for task, own in named.groupby("task", sort=False):
-        for look in looks:
-            _curves(context, own[own["look"] == look], str(task), look)
+    first = first[first["look"].isin([PAPER, CLEANED]) & first["region"].isin(["foreground", "background"])]
+    first = first[first["model"] != SHUFFLED]
     rows = []
-    summary = summarise(first, "preference", ["task", "look", "region", "model", "block"], cluster="maze")
-    for (task, look, region, model), group in summary.groupby(["task", "look", "region", "model"], sort=False):
+    summary = summarise(first, "preference", ["task", "region", "model", "look", "block"], cluster="maze")
+    for (task, region, model, look), group in summary.groupby(["task", "region", "model", "look"], sort=False):
         low, high = (group.loc[[i]] for i in (group["mean"].idxmin(), group["mean"].idxmax()))
         lowest, highest = (f"{in_words(row)} (block {row['block'].iloc[0]})" for row in (low, high))
-        rows.append({"task": task, "look": look, "region": region, "model": model, "lowest": lowest, "highest": highest})
-    shown = pd.DataFrame(rows)
-    shown = shown[(shown["look"] == looks[-1]) & shown["region"].isin(["foreground", "background"])]
+        rows.append({"task": task, "region": region, "model": model, "look": look, "lowest": lowest, "highest": highest})
     context.table(
-        f"Lowest and highest preference over the blocks, {first['at'].iloc[0]}, {looks[-1]}",
-        shown.drop(columns="look"),
+        f"Lowest and highest preference over the blocks, {first['at'].iloc[0]}",
+        pd.DataFrame(rows),
         f"{about(context)} N = {results['sample'].nunique()} samples per task; 95 % bootstrap intervals over samples.",
     )
 
 
-def _curves(context: Context, results: pd.DataFrame, task: str, look: str) -> None:
+def with_series(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are drawn, with the name of their curve: every look of the trained model, two of the untrained one, and the
+    shuffled tokens in the look of the claim."""
+    trained = results[results["model"] == TRAINED]
+    untrained = results[(results["model"] == RANDOM) & results["look"].isin([PAPER, CLEANED])]
+    shuffled = results[(results["model"] == SHUFFLED) & (results["look"] == CLEANED)]
+    shown = pd.concat([trained, untrained, shuffled])
+    return shown.assign(series=shown["model"] + ", " + shown["look"].replace(CLEANED, BOTH_OUT))
+
+
+def _curves(context: Context, results: pd.DataFrame, task: str) -> None:
+    first = results["step"] == results["step"].min()
+    # Localisation says much the same at every step; shuffled tokens have none.
+    of = {"preference": results, "localisation": results[first & (results["model"] != SHUFFLED)]}
     measured = [
-        summarise(results, measure, ["model", "at", "region", "block"], cluster="maze").assign(measure=measure)
-        for measure in MEASURES
+        summarise(table, measure, ["series", "at", "region", "block"], cluster="maze").assign(measure=measure)
+        for measure, table in of.items()
     ]
     summary = pd.concat(measured, ignore_index=True)
-    summary = summary[~((summary["measure"] == "localisation") & (summary["model"] == SHUFFLED))]
     summary["row"] = [f"{MEASURES[measure][0]}\n{at}" for measure, at in zip(summary["measure"], summary["at"], strict=True)]
     labels = {row: row for row in summary["row"].unique()}
     figure = plots.curve_grid(
@@ -102,19 +143,64 @@ def _curves(context: Context, results: pd.DataFrame, task: str, look: str) -> No
         x_label="block",
         row="row",
         column="region",
-        series="model",
-        controls=[SHUFFLED, RANDOM],
+        series="series",
+        controls=CONTROL_SERIES,
         row_labels=labels,
         lines_at={row: next(line for name, line in MEASURES.values() if row.startswith(name)) for row in labels},
     )
-    dominant = results[results["model"] == TRAINED]["dominant"].max()
-    short = "paper" if look.startswith("as in") else "cleaned"
+    counts = " or ".join(map(str, sorted(results.loc[results["model"] == TRAINED, "dominant"].unique())))
     context.figure(
-        f"preference-{task}-{short}",
+        f"preference-{task}",
         figure,
-        f"Which regions the blocks prefer: {task}, {look}",
-        f"{about(context)} At most {dominant} of a block's channels dominate in the trained model. Shaded: 95 % bootstrap "
-        "intervals over samples, N of them in the corner.",
+        f"Which regions the blocks prefer: {task}",
+        f"{about(context)} {CAVEAT} Channels that dominate a block of the trained model, the same for all samples: {counts}. "
+        "Shaded: 95 % bootstrap intervals over samples, N of them in the corner.",
+    )
+
+
+def _sparsity(context: Context, results: pd.DataFrame) -> None:
+    summary = summarise(results[results["model"] != SHUFFLED], "sparsity", ["task", "series", "at", "block"], cluster="maze")
+    labels = {at: f"share of energy\n{at}" for at in summary["at"].unique()}
+    figure = plots.curve_grid(
+        summary,
+        x="block",
+        x_label="block",
+        row="at",
+        column="task",
+        series="series",
+        controls=CONTROL_SERIES,
+        row_labels=labels,
+        lines_at=dict.fromkeys(labels, SPARSE),
+    )
+    context.figure(
+        "sparsity",
+        figure,
+        "How sparse the energy of the tokens is",
+        f"Share of the token energy that the {SPARSE:.0%} of the tokens with most of it hold; the line is what an even spread "
+        f"gives. {context.settings.branch} branch. Shaded: 95 % bootstrap intervals over samples, N of them in the corner.",
+    )
+
+
+def _bands(context: Context, results: pd.DataFrame, early: tuple[float, float], middle: tuple[float, float]) -> None:
+    """The claim's numbers in every look, all tasks and steps together."""
+    bands = {"early": results["depth"].between(*early, "left"), "middle": results["depth"].between(*middle, "left")}
+    rows = []
+    for region in ("foreground", "background"):
+        for model in (TRAINED, RANDOM, SHUFFLED):
+            for look in LOOKS:
+                own = (results["region"] == region) & (results["model"] == model) & (results["look"] == look)
+                means = {band: results[own & there].groupby("maze")["preference"].mean() for band, there in bands.items()}
+                means["middle minus early"] = (means["middle"] - means["early"]).dropna()
+                told = {
+                    name: in_words(summarise(each.reset_index(), "preference", ["all"], cluster="maze"), 3)
+                    for name, each in ((name, each.to_frame().assign(all=0)) for name, each in means.items())
+                }
+                rows.append({"region": region, "model": model, "look": look, **told})
+    context.table(
+        "Preference by band of blocks, in every look",
+        pd.DataFrame(rows),
+        f"{CAVEAT} Early: relative depth {early[0]:g} to {early[1]:g}; middle: {middle[0]:g} to {middle[1]:g}. All tasks and "
+        f"steps together, N = {results['maze'].nunique()} samples; 95 % bootstrap intervals over samples.",
     )
 
 

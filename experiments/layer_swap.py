@@ -10,13 +10,18 @@ branch, which no later step has repaired.
 "Replacing the representation of a block" has two readings. *Whole stream*: all that the donor has after the block takes the
 place of what is there, and later blocks go on from it. *Update*: only what the block adds to the stream is the donor's.
 
-All tokens, the `cond` branch and one step are swapped unless said otherwise. Variants: object tokens only (where the first
-frames differ, or where answers of one sample paint and those of the other do not; in all latent frames), both guidance branches
-(the unconditional one sees a difference in mazes only), every step. Controls: the donor of another pair, the clean sample with
-another seed, and the pair's donor with its tokens shuffled (one permutation for all).
+All tokens, the `cond` branch and one step are swapped unless said otherwise. Variants: answer tokens only (where the first
+frames differ, or where answers of one sample paint and those of the other do not; in all latent frames), object tokens only
+(these, and the objects that either prompt names, or all marks of a game), every guidance branch (the unconditional one sees a
+difference in mazes only), and every step and branch. Controls: as many other tokens as the objects have, the donor of another
+pair, the clean sample with another seed, and the pair's donor with its tokens shuffled (one permutation for all).
+
+Clean samples are held out. A donor is held out where a counterpart of its clean sample is, and a puzzle of the training split
+otherwise; results and captions say how many are. Pairs whose clean samples are one puzzle up to symmetry (there are few held-out
+positions of tic-tac-toe in which either player can win) are no samples of their own: intervals are over puzzles.
 
 Thinned in the full preset: the curve at the first step has all blocks and 100 pairs of every task; variants, controls and later
-steps have some depths, and 34 pairs of every task in batches of all tasks.
+steps have some depths, and one pair of each puzzle, up to 50 of every task, in batches of all tasks.
 """
 
 from collections.abc import Sequence
@@ -39,8 +44,8 @@ from experiments.swapping import ALL_STEPS, FINAL, READINGS, SHUFFLED, SWAP, VAR
 @dataclass(frozen=True)
 class Settings:
     """``pairs`` of each task at the first step, at the blocks at ``depths`` (block / number of blocks, 1 is the last; all blocks
-    where there are none); ``mapped`` of each for the ``variants`` at ``variant_depths``, and for the ``places`` of the schedule
-    at ``map_depths``; ``batch`` is pairs per pipeline call."""
+    where there are none); up to ``mapped`` of each, of different puzzles, for the ``variants`` at ``variant_depths``, and for the
+    ``places`` of the schedule at ``map_depths``; ``batch`` is pairs per pipeline call."""
 
     tasks: tuple[str, ...] = ("circle", "maze")
     pairs: int = 1
@@ -68,6 +73,7 @@ def measure(context: Context, bench: Bench, variant: str, step: int, depths: Seq
             )
             clock = {name: getattr(cell, name) for name in (*CLOCK_COLUMNS, "block", "depth")}
             here = {**clock, "band": bench.band(cell.block), "variant": variant, "reading": reading}
+            here |= {"tokens": bench.share(variant)}
             tables += [bench.outcomes(video).assign(**here, readout=readout) for readout, video in seen.items()]
             pictures.append([figures.last_frame(video) for video in seen.values()])
     if not pictured:
@@ -86,7 +92,7 @@ def run(context: Context) -> pd.DataFrame:
             bench = Bench(context, chunk)
             jobs[f"first-{name}-{call}"] = partial(measure, context, bench, SWAP, 0, settings.depths, call == 0)
             pictured |= {f"first-{name}-0": chunk[0]} if call == 0 else {}
-    some = [pair for name in settings.tasks for pair in pairs[name][: settings.mapped]]
+    some = [pair for name in settings.tasks for pair in of_different_puzzles(pairs[name])[: settings.mapped]]
     later = [step for step in context.steps(context.inputs([some[0].clean])) if step] if some else []
     for call, chunk in enumerate(chunks(some, settings.batch)):
         bench = Bench(context, chunk)
@@ -105,6 +111,14 @@ def run(context: Context) -> pd.DataFrame:
     return results
 
 
+def of_different_puzzles(pairs: Sequence[Any]) -> list[Any]:
+    """The first pair of every puzzle up to symmetry."""
+    first: dict[str, Any] = {}
+    for pair in pairs:
+        first.setdefault(pair.clean.group, pair)
+    return list(first.values())
+
+
 def chunks(pairs: Sequence[Any], batch: int) -> list[list[Any]]:
     """The pairs that run together."""
     return [[pairs[place] for place in part] for part in batches(len(pairs), batch)] if pairs else []
@@ -120,13 +134,13 @@ EXPERIMENT = Experiment(
         "full": Settings(
             tasks=("circle", "maze", "tictactoe"),
             pairs=100,
-            mapped=34,
+            mapped=50,
             depths=(),
             variants=VARIANTS,
             variant_depths=(0.5, 1),
             places=(0, 0.1, 0.4),
             map_depths=(0, 0.5, 1),
-            batch=102,
+            batch=128,
         ),
     },
     run=run,

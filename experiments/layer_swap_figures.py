@@ -9,20 +9,23 @@ import pandas as pd
 from dit_lens import plots
 from dit_lens.experiment import Context
 from dit_lens.statistics import in_words, summarise
-from experiments.swapping import ALL_STEPS, CONTROLS, FINAL, READINGS, SWAP, X0_HAT
+from experiments.swapping import ALL_STEPS, CONTROLS, FINAL, OTHER_TOKENS, READINGS, SWAP, X0_HAT
 
 READOUTS = (FINAL, X0_HAT)
 TOGETHER = "all tasks"
 FATES = {"flipped": "flipped: the donor's answer", "kept": "kept: its own answer", "destroyed": "destroyed: neither"}
 SWAPPED = "Visual tokens of one block become the donor's, {} branch, same seed."
-INTERVALS = "Shaded: 95 % bootstrap intervals over pairs, N of them in the corner (a share of 0 or 1: exact binomial)."
+INTERVALS = (
+    "Shaded: 95 % bootstrap intervals over puzzles (pairs whose clean samples are copies of one puzzle up to symmetry count as"
+    " one), N of them in the corner (a share of 0 or 1: exact binomial)."
+)
 
 
 def first_step(context: Context, results: pd.DataFrame) -> None:
     """Flip rate of every block at the first step, for both readings, in the final video and in x0-hat, with variants and
     controls."""
     first = together(results[(results["step"] == 0)])
-    summary = rows_named(summarise(first, "flipped", ["task", "variant", "reading", "readout", "block"], cluster="case"))
+    summary = rows_named(summarise(first, "flipped", ["task", "variant", "reading", "readout", "block"], cluster="puzzle"))
     figure = plots.curve_grid(
         summary,
         x="block",
@@ -30,7 +33,7 @@ def first_step(context: Context, results: pd.DataFrame) -> None:
         row="row",
         column="task",
         series="variant",
-        controls=CONTROLS,
+        controls=[OTHER_TOKENS, *CONTROLS],
         row_labels=labels(summary, "flip rate"),
         limits=dict.fromkeys(summary["row"].unique(), (-0.04, 1.04)),
     )
@@ -39,8 +42,8 @@ def first_step(context: Context, results: pd.DataFrame) -> None:
         figure,
         "Does swapping one block at the first step flip the answer?",
         f"{SWAPPED.format('cond')} Flip rate: share of pairs whose video shows the donor's answer. {INTERVALS} The variants and"
-        " controls (dashed) are of fewer pairs and blocks than the swap. Every step: the same block at all steps; its x0-hat"
-        " would be the final video.",
+        " controls (dashed) are of fewer pairs and blocks than the swap. Every step and branch: the same block at all steps, on"
+        f" all guidance branches; its x0-hat would be the final video. {splits(results)}",
     )
 
 
@@ -48,7 +51,7 @@ def fates(context: Context, results: pd.DataFrame) -> None:
     """What becomes of the answer at the first step: flipped, kept or destroyed."""
     first = together(results[(results["step"] == 0) & (results["variant"] == SWAP)])
     tables = [
-        summarise(first, fate, ["task", "reading", "readout", "block"], cluster="case").assign(fate=name)
+        summarise(first, fate, ["task", "reading", "readout", "block"], cluster="puzzle").assign(fate=name)
         for fate, name in FATES.items()
     ]
     summary = rows_named(pd.concat(tables, ignore_index=True))
@@ -62,11 +65,12 @@ def fates(context: Context, results: pd.DataFrame) -> None:
         row_labels=labels(summary, "share of pairs"),
         limits=dict.fromkeys(summary["row"].unique(), (-0.04, 1.04)),
     )
-    context.figure("fates", figure, "What becomes of the answer", f"{SWAPPED.format('cond')} First step only. {INTERVALS}")
+    caption = f"{SWAPPED.format('cond')} First step only. {INTERVALS} {splits(results)}"
+    context.figure("fates", figure, "What becomes of the answer", caption)
 
 
 def step_map(context: Context, results: pd.DataFrame) -> None:
-    """Flip rate over blocks and steps, and with every step swapped."""
+    """Flip rate over blocks and steps, and with every step and branch swapped."""
     swapped = results[results["variant"].isin([SWAP, ALL_STEPS])]
     if swapped["step"].nunique() == 1 and ALL_STEPS not in set(swapped["variant"]):
         return
@@ -74,9 +78,9 @@ def step_map(context: Context, results: pd.DataFrame) -> None:
     here = swapped[swapped["block"].isin(later["block"])].sort_values(["variant", "step"], ascending=[False, True])
     named = [f"{step}\n{sigma:.2f}" for step, sigma in zip(here["step"], here["sigma"], strict=True)]
     here = here.assign(
-        at=np.where(here["variant"] == ALL_STEPS, "every\nstep", named), panel=here["reading"] + ", " + here["readout"]
+        at=np.where(here["variant"] == ALL_STEPS, "every step\nand branch", named), panel=here["reading"] + ", " + here["readout"]
     )
-    summary = summarise(here, "flipped", ["panel", "at", "block"], cluster="case")
+    summary = summarise(here, "flipped", ["panel", "at", "block"], cluster="puzzle")
     # What was not measured stays empty.
     whole = pd.MultiIndex.from_product([summary[axis].unique() for axis in ("panel", "at", "block")])
     whole = whole.set_names(["panel", "at", "block"])
@@ -97,8 +101,9 @@ def step_map(context: Context, results: pd.DataFrame) -> None:
         "map",
         figure,
         "Flip rate by block and step",
-        f"{SWAPPED.format('cond')} All tasks together, N = {few} to {many} pairs a cell; 95 % intervals (bootstrap over pairs)"
-        f" are at most {widest:.2f} wide. Steps and blocks are thinned. Every step: the block is swapped at all steps.",
+        f"{SWAPPED.format('cond')} All tasks together, N = {few} to {many} puzzles a cell; 95 % intervals (bootstrap over"
+        f" puzzles) are at most {widest:.2f} wide. Steps and blocks are thinned. Every step and branch: the block is swapped at"
+        f" all steps, on all guidance branches. {splits(results)}",
     )
 
 
@@ -117,12 +122,17 @@ def numbers(context: Context, results: pd.DataFrame) -> None:
             "clean run, own answer": (final, "clean_own"),
             "donor run, own answer": (final, "donor_own"),
         }
-        shares = {title: in_words(summarise(table, column, ["task"], cluster="case")) for title, (table, column) in told.items()}
-        rows.append({"reading": reading, "swapped": variant, "task": task, **shares, "pairs": final["case"].nunique()})
+        shares = {
+            title: in_words(summarise(table, column, ["task"], cluster="puzzle")) for title, (table, column) in told.items()
+        }
+        counts = {"pairs": final["case"].nunique(), "puzzles": final["puzzle"].nunique()}
+        named = {"reading": reading, "swapped": variant, "task": task, "tokens swapped": f"{final['tokens'].mean():.2f}"}
+        rows.append(named | shares | counts)
     context.table(
         "The middle block at the first step",
         pd.DataFrame(rows),
-        "Shares of pairs in the final video unless said otherwise, with 95 % intervals over pairs.",
+        "Shares of pairs in the final video unless said otherwise, with 95 % intervals over puzzles up to symmetry. Tokens"
+        f" swapped: the share of all visual tokens. {splits(results)}",
     )
 
 
@@ -143,9 +153,16 @@ def examples(context: Context, pair: Any, pictures: Mapping[str, np.ndarray], ta
         f"pictures-{name}",
         figure,
         f"{name}: one pair, every swapped block",
-        f"Last frames of the first held-out pair (sample {pair.clean.index}, not selected): the clean and the donor run, then the"
-        " clean run with one block swapped at the first step.",
+        f"Last frames of the first pair (held-out sample {pair.clean.index}, not selected; its donor is of the {pair.donor.split}"
+        " split): the clean and the donor run, then the clean run with one block swapped at the first step.",
     )
+
+
+def splits(results: pd.DataFrame) -> str:
+    """Where the samples of the pairs come from."""
+    pairs = results.drop_duplicates("case")
+    seen = int((pairs["donor_split"] == "train").sum())
+    return f"Clean samples are held out; {seen} of the {len(pairs)} donors are puzzles of the training split."
 
 
 def last_frame(video: Any) -> np.ndarray:

@@ -41,12 +41,14 @@ ITEMS = (
     Item("Fig. 4 a-b", "objects that leave or are hidden come back", (), PART_TWO),
     Item("Fig. 4 c-d", "wrong first answers corrected later", (), PART_TWO),
     Item("Fig. 5", "what is named is marked before it moves", (), PART_TWO),
-    Item("Fig. 6 a", "energy of tokens by block and frame", ("token-energy",), "in numbers, with an untrained model"),
+    Item("Fig. 6 a", "energy of tokens by block and frame", ("token-energy",), "in numbers, four looks, with an untrained model"),
     Item("Fig. 6 b", "one block's swap flips the answer", ("layer-swap",), "every block, two readings, controls"),
     Item("Fig. 7, 8", "not recovered from any source", (), "nobody's notes say what they show"),
     Item("Fig. 9, 10", "more of Fig. 2", ("step-lens",)),
     Item("Fig. 11-13", "more of Fig. 4", (), PART_TWO),
-    Item("appendix, tokens", "norms and sparsity of tokens over blocks 0-39", ("token-energy",)),
+    Item(
+        "appendix, tokens", "norms and sparsity of tokens over blocks 0-39", ("token-energy",), "sparsity: energy of the top 5 %"
+    ),
     Item(
         "main table",
         "VBVR-Bench scores of video models",

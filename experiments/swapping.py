@@ -14,15 +14,27 @@ import dit_lens as dl
 from dit_lens import metrics
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context
+from dit_lens.reasoner import Score, board
 from dit_lens.run import Run
 
 SEED, OTHER = 0, 1
 READINGS = {"resid": "whole stream", "update": "update"}
 """The site that a swap replaces, and what the reading of the paper that it stands for is called."""
-SWAP, OBJECT, BOTH, ALL_STEPS = "swap", "object tokens", "both branches", "every step"
+SWAP, OBJECT, ANSWERS, EVERY_BRANCH, ALL_STEPS = (
+    "swap",
+    "object tokens",
+    "answer tokens",
+    "every branch",
+    "every step and branch",
+)
+OTHER_TOKENS = "as many other tokens"
+"""The control of the object tokens alone."""
 OTHER_SAMPLE, OTHER_SEED, SHUFFLED = "another sample", "another seed", "shuffled tokens"
 CONTROLS = (OTHER_SAMPLE, OTHER_SEED, SHUFFLED)
-VARIANTS = (OBJECT, BOTH, ALL_STEPS, *CONTROLS)
+"""The controls of the claims."""
+VARIANTS = (OBJECT, ANSWERS, EVERY_BRANCH, ALL_STEPS, OTHER_TOKENS, *CONTROLS)
+OBJECTS = ("target", "x", "o")
+"""The masks of what a prompt names and of the marks of a game."""
 FINAL, X0_HAT = "final video", "x0-hat of the step"
 """What is read; the x0-hat is that of the `cond` branch."""
 
@@ -94,23 +106,25 @@ class Bench:
 
     def swapped(self, variant: str, step: int, block: int, site: str, given: dl.Activations) -> Run:
         """The clean samples with one block swapped at a step (or at all), for what a donor `given` holds."""
-        branches = self.clean.branches if variant == BOTH else ("cond",)
-        at = dl.at(block=block, step=None if variant == ALL_STEPS else step, branch=list(branches), site=site)
-        swap = Swap(at, given, self.object_tokens if variant == OBJECT else None, self.order if variant == SHUFFLED else None)
+        at = dl.at(block=block, step=None if variant == ALL_STEPS else step, branch=self._branches(variant), site=site)
+        swap = Swap(at, given, self.tokens.get(variant), self.order if variant == SHUFFLED else None)
         return self.lens.run(**self.inputs["clean"], seed=SEED, edits=[swap], answers=_known(self.clean, at))
 
     def given(self, variant: str, step: int, block: int) -> dl.Activations:
         """What the donor of a variant holds at both sites of a block, at a step (or at all)."""
         side, run, seed = ("clean", self.reseeded, OTHER) if variant == OTHER_SEED else ("donor", self.donor, SEED)
-        branches = self.clean.branches if variant == BOTH else ("cond",)
         whole = variant == ALL_STEPS
-        at = dl.at(block=block, step=None if whole else step, branch=list(branches), site=list(READINGS))
+        at = dl.at(block=block, step=None if whole else step, branch=self._branches(variant), site=list(READINGS))
         last = self.clean.steps - 1 if whole else step
         how: Any = {"record": at, "answers": _known(run, at), "until": last, "decode": False}
         found = self.lens.run(**self.inputs[side], seed=seed, **how).activations
         if variant != OTHER_SAMPLE:
             return found
         return dl.Activations([replace(entry, tensor=entry.tensor[self.others]) for entry in found])
+
+    def _branches(self, variant: str) -> list[str]:
+        # Of mazes the unconditional branch sees the goal too: left alone, it would contradict the swapped one at every step.
+        return list(self.clean.branches) if variant in (EVERY_BRANCH, ALL_STEPS) else ["cond"]
 
     @cached_property
     def others(self) -> list[int]:
@@ -133,24 +147,42 @@ class Bench:
         return torch.randperm(self.clean.layout.tokens, generator=torch.Generator().manual_seed(0))
 
     @cached_property
-    def object_tokens(self) -> Tensor:
-        """(rows, height, width): the tokens in which a pair differs, see `differing`."""
+    def tokens(self) -> Mapping[str, Tensor]:
+        """(rows, height, width): the tokens that are swapped in the variants that swap some only, see `objects` and `differing`.
+
+        The other tokens are drawn at random; they are of the objects only where there are too few that are not.
+        """
         size = self.clean.layout.shape[1:]
-        return torch.stack([torch.from_numpy(metrics.mask_fractions(differing(pair), size) > 0) for pair in self.pairs])
+        object_tokens, answer_tokens = (
+            torch.stack([torch.from_numpy(metrics.mask_fractions(squares(pair), size) > 0) for pair in self.pairs])
+            for squares in (objects, differing)
+        )
+        drawn = torch.rand(object_tokens.shape, generator=torch.Generator().manual_seed(0)) + object_tokens
+        places = drawn.flatten(1).argsort(dim=1).argsort(dim=1).view_as(drawn)
+        others = places < object_tokens.sum(dim=(1, 2), keepdim=True)
+        return {OBJECT: object_tokens, ANSWERS: answer_tokens, OTHER_TOKENS: others}
+
+    def share(self, variant: str) -> np.ndarray:
+        """The share of the visual tokens that a variant swaps, of each row."""
+        some = self.tokens.get(variant)
+        return np.ones(len(self.pairs)) if some is None else some.double().mean(dim=(1, 2)).numpy()
 
     def outcomes(self, video: Any) -> pd.DataFrame:
         """Whose answer each video shows, one row per pair, with what the clean and the donor run themselves show."""
-        flipped, tidy = self._answered(video, "donor")
-        kept, _ = self._answered(video, "clean")
+        scores = self._scores(video)
+        flipped, kept = (_shown(scores[side]) for side in ("donor", "clean"))
         samples = [pair.clean for pair in self.pairs]
         return pd.DataFrame(
             {
                 "task": [sample.task.name for sample in samples],
                 "sample": [sample.index for sample in samples],
                 "case": [f"{sample.task.name}/{sample.index}" for sample in samples],
+                # Symmetric copies of a puzzle are one cluster.
+                "puzzle": [f"{sample.task.name}/{sample.group}" for sample in samples],
+                "donor_split": [pair.donor.split for pair in self.pairs],
                 "seed": SEED,
                 "flipped": flipped,
-                "flipped_right": tidy,
+                "flipped_right": np.array([score.right for score in scores["donor"]]),
                 "kept": kept,
                 "destroyed": ~(flipped | kept),
                 **self._own,
@@ -161,14 +193,24 @@ class Bench:
     def _own(self) -> Mapping[str, np.ndarray]:
         """Whether the clean and the donor run show their own answers."""
         runs = {"clean": self.clean, "donor": self.donor}
-        return {f"{side}_own": self._answered(run.video, side)[0] for side, run in runs.items()}
+        return {f"{side}_own": _shown(self._scores(run.video)[side]) for side, run in runs.items()}
 
-    def _answered(self, video: Any, side: str) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each video shows a legal answer of one side of its pair, and whether all of the board is right too."""
-        samples = [getattr(pair, side) for pair in self.pairs]
-        board = metrics.resized(video, *samples[0].image.size[::-1]).numpy()
-        scores = [sample.task.score(clip, sample) for clip, sample in zip(board, samples, strict=True)]
-        return np.array([score.which is not None for score in scores]), np.array([score.right for score in scores])
+    def _scores(self, video: Any) -> dict[str, list[Score]]:
+        """What each video did, in the terms of either side of its pair. Tasks that have pairs judge the last frame alone."""
+        last = metrics.resized(video[:, -1:], *self.pairs[0].clean.image.size[::-1])
+        boards = board.read(last.numpy())
+        sides = {side: [getattr(pair, side) for pair in self.pairs] for side in ("clean", "donor")}
+        return {
+            side: [sample.task.judge(one, sample) for one, sample in zip(boards, samples, strict=True)]
+            for side, samples in sides.items()
+        }
+
+
+def objects(pair: Any) -> np.ndarray:
+    """The squares of what the prompts of a pair name (of a game all marks), and those in which it differs: booleans of the size
+    of the board."""
+    named = [side.masks[name] for side in (pair.clean, pair.donor) for name in OBJECTS if name in side.masks]
+    return np.any([differing(pair), *named], axis=0)
 
 
 def differing(pair: Any) -> np.ndarray:
@@ -176,6 +218,11 @@ def differing(pair: Any) -> np.ndarray:
     booleans of the size of the board."""
     first = pair.clean.boards[0] != pair.donor.boards[0]
     return first | (pair.clean.answer_masks.any(axis=0) ^ pair.donor.answer_masks.any(axis=0))
+
+
+def _shown(scores: Sequence[Score]) -> np.ndarray:
+    """Whether a legal answer was given, whatever the rest of the board."""
+    return np.array([score.which is not None for score in scores])
 
 
 def _known(run: Run, at: dl.Selector) -> dict[tuple[int, str], Tensor]:

@@ -20,8 +20,24 @@ from dit_lens.architectures import Layout
 from dit_lens.claims import judged
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context, run_experiment
+from dit_lens.reasoner import board
 from experiments import layer_swap, swapping
-from experiments.swapping import CONTROLS, FINAL, OBJECT, OTHER_SAMPLE, READINGS, SHUFFLED, SWAP, X0_HAT, Bench, Swap, differing
+from experiments.swapping import (
+    ANSWERS,
+    CONTROLS,
+    FINAL,
+    OBJECT,
+    OTHER_SAMPLE,
+    OTHER_TOKENS,
+    READINGS,
+    SHUFFLED,
+    SWAP,
+    X0_HAT,
+    Bench,
+    Swap,
+    differing,
+    objects,
+)
 
 SHORT = {"num_inference_steps": 3, "num_frames": 5}
 STEP = 1
@@ -62,22 +78,21 @@ def test_a_swap_is_what_a_sweep_makes_of_it(lens: Any, bench: Bench) -> None:
 
 def test_the_last_block_of_both_branches_gives_the_velocity_of_the_donor(bench: Bench) -> None:
     # At the first step both start from the same noise, and after the last block nothing but the head is left.
-    run = bench.swapped(swapping.BOTH, 0, 2, "resid", bench.given(swapping.BOTH, 0, 2))
+    run = bench.swapped(swapping.EVERY_BRANCH, 0, 2, "resid", bench.given(swapping.EVERY_BRANCH, 0, 2))
     for branch in ("cond", "uncond"):
         torch.testing.assert_close(run.velocity(0, branch), bench.donor.velocity(0, branch), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(run.latents[-1], bench.donor.latents[-1], atol=1e-4)  # its own image comes in again
 
 
-def test_every_step_of_the_last_block_makes_it_the_donor_where_the_unconditional_branch_agrees(bench: Bench) -> None:
+def test_every_step_and_branch_of_the_last_block_makes_it_the_donor(bench: Bench) -> None:
+    # Of mazes too, whose unconditional branch sees the goal.
     run = latents(bench, swapping.ALL_STEPS, 2, "resid")
-    # Of circle, only the prompt differs: both branches are then the donor's at every step. Of mazes the image does too.
-    torch.testing.assert_close(run[:2], bench.donor.latents[-1][:2], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(run[2], bench.donor.latents[-1][2], atol=1e-4)
+    torch.testing.assert_close(run, bench.donor.latents[-1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_donor_that_is_the_clean_run_changes_nothing(bench: Bench) -> None:
     same = Bench(bench.context, [reasoner.Pair(pair.clean, pair.clean) for pair in bench.pairs])
-    for variant in (SWAP, swapping.BOTH):
+    for variant in (SWAP, swapping.EVERY_BRANCH):
         torch.testing.assert_close(latents(same, variant, 1, "update"), bench.clean.latents[-1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(latents(same, SHUFFLED, 1, "update"), bench.clean.latents[-1], atol=1e-4)
     assert not torch.allclose(latents(same, swapping.OTHER_SEED, 1, "update"), bench.clean.latents[-1], atol=1e-4)
@@ -109,18 +124,43 @@ def test_only_the_chosen_tokens_take_the_place_and_in_the_order() -> None:
     assert torch.equal(Swap(dl.at(block=1), held).apply(own, moment), donor)
 
 
-def test_object_tokens_are_where_a_pair_differs(bench: Bench) -> None:
+def test_answer_tokens_are_where_a_pair_differs_and_object_tokens_are_the_objects_too(bench: Bench) -> None:
     for pair in reasoner.pairs("circle", 4):
         rings = [side.masks["answer"] for side in pair]
         assert (differing(pair) == (rings[0] ^ rings[1])).all()  # the picture is the same, what is circled is not
+        assert (objects(pair) == differing(pair) | pair.clean.masks["target"] | pair.donor.masks["target"]).all()
+        assert not (objects(pair) & pair.clean.masks["distractor"] & pair.donor.masks["distractor"]).any()
     for pair in reasoner.pairs("maze", 4):
         found = differing(pair)
         assert all(found[side.puzzle.goal] for side in pair)
         assert not found[pair.clean.puzzle.start]
-    assert bench.object_tokens.shape == (3, 8, 8)
-    assert bench.object_tokens.flatten(1).any(1).all()
-    assert not bench.object_tokens.flatten(1).all(1).any()
+        assert (objects(pair) == found).all()
+    for pair in reasoner.pairs("tictactoe", 2):
+        board = pair.clean.boards[0]
+        assert (objects(pair) & (board != 0) == pair.clean.masks["x"] | pair.clean.masks["o"]).all()
+        assert (objects(pair) & (board == 0) == differing(pair)).all()
+    counts = {name: where.flatten(1).sum(1) for name, where in bench.tokens.items()}
+    assert all(where.shape == (3, 8, 8) for where in bench.tokens.values())
+    assert ((counts[ANSWERS] > 0) & (counts[ANSWERS] <= counts[OBJECT]) & (counts[OBJECT] < 64)).all()
+    assert torch.equal(counts[OTHER_TOKENS], counts[OBJECT])
     assert not torch.allclose(latents(bench, OBJECT, 1, "resid"), latents(bench, SWAP, 1, "resid"), atol=1e-5)
+
+
+def test_the_other_tokens_are_no_objects_unless_those_are_most(bench: Bench) -> None:
+    most = Bench(bench.context, reasoner.pairs("tictactoe", 2, frames=5))
+    for here in (bench, most):
+        both = (here.tokens[OBJECT] & here.tokens[OTHER_TOKENS]).flatten(1).sum(1)
+        assert torch.equal(both, (2 * here.tokens[OBJECT].flatten(1).sum(1) - 64).clip(0))
+        assert here.share(OTHER_TOKENS).tolist() == here.share(OBJECT).tolist()
+    assert bench.share(SWAP).tolist() == [1, 1, 1]
+
+
+def test_mapped_pairs_are_of_different_puzzles() -> None:
+    every = reasoner.pairs("tictactoe", 8)
+    some = layer_swap.of_different_puzzles(every)
+    assert len({pair.clean.group for pair in every}) == len(some) < len(every)
+    assert [pair.clean.index for pair in some] == sorted(pair.clean.index for pair in some)
+    assert some[0] is every[0]
 
 
 def test_outcomes_tell_whose_answer_a_video_shows(bench: Bench) -> None:
@@ -139,6 +179,23 @@ def test_outcomes_tell_whose_answer_a_video_shows(bench: Bench) -> None:
     goal = [4 * place for place in bench.pairs[2].clean.puzzle.goal]
     untidy[2, :, goal[0] : goal[0] + 4, goal[1] : goal[1] + 4] = torch.tensor([0.9, 0, 0])
     assert bench.outcomes(untidy)["flipped"].tolist() == [True, True, True]
+
+
+def test_the_last_frame_tells_what_the_scorers_of_whole_videos_do(bench: Bench) -> None:
+    pairs = [pair for name in ("circle", "maze", "tictactoe") for pair in reasoner.pairs(name, 2, frames=5)]
+    here, random = Bench(bench.context, pairs), np.random.default_rng(0)
+    # True videos in which up to three squares of every frame are repainted: right, legal and wrong ones.
+    for repainted in range(4):
+        boards = np.stack([(pair.donor if place % 2 else pair.clean).boards for place, pair in enumerate(pairs)])
+        for frame in boards.reshape(-1, 16, 16):
+            frame[tuple(random.integers(16, size=(2, repainted)))] = random.integers(9, size=repainted)
+        video = board.paint(boards).astype(np.float32) / 255
+        found = here.outcomes(torch.from_numpy(video))
+        for side, column in (("donor", "flipped"), ("clean", "kept")):
+            samples = [getattr(pair, side) for pair in pairs]
+            scores = [sample.task.score(clip, sample) for clip, sample in zip(video, samples, strict=True)]
+            assert found[column].tolist() == [score.which is not None for score in scores]
+            assert side != "donor" or found["flipped_right"].tolist() == [score.right for score in scores]
 
 
 def test_bands_are_those_of_the_paper_in_its_model() -> None:
@@ -162,7 +219,7 @@ def planted(flip: Any, control: float = 0.0, samples: int = 120) -> pd.DataFrame
                 where = {"step": 0, "block": block, "band": band, "variant": variant, "reading": reading}
                 for readout in (FINAL, X0_HAT):
                     drawn = random.random(samples) < (rate if readout == FINAL else 1.0)
-                    rows += [{**where, "readout": readout, "case": f"maze/{i}", "flipped": f} for i, f in enumerate(drawn)]
+                    rows += [{**where, "readout": readout, "puzzle": f"maze/{i}", "flipped": f} for i, f in enumerate(drawn)]
     return pd.DataFrame(rows)
 
 
@@ -187,6 +244,14 @@ def test_readings_are_judged_by_themselves() -> None:
     results = planted(lambda block: 0.95 if block == 7 else 0.02)
     results.loc[results["reading"] == READINGS["update"], "flipped"] = False
     assert [judged(claim, results).verdict for claim in layer_swap.CLAIMS] == ["supported", "refuted"]
+
+
+def test_copies_of_a_puzzle_are_one_sample() -> None:
+    results = planted(lambda block: 0.95 if block == 7 else 0.02)
+    results["puzzle"] = [f"maze/{int(name.split('/')[1]) // 2}" for name in results["puzzle"]]
+    found = [judged(claim, results) for claim in layer_swap.CLAIMS]
+    assert {one.clusters for verdict in found for one in verdict.found} == {60}
+    assert {verdict.verdict for verdict in found} == {"not tested"}
 
 
 def test_runs_with_two_experts_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -14,63 +14,119 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
 import dit_lens as dl
-from dit_lens import reasoner
+from dit_lens import metrics, reasoner
 from dit_lens.claims import judged
-from dit_lens.experiment import Context, run_experiment
+from dit_lens.experiment import run_experiment
 from dit_lens.reasoner import board
 from dit_lens.report import write_report
 from experiments import token_energy
-from experiments.energy import components, energies, localisation, regions
+from experiments.energy import (
+    CHANNELS,
+    CLEANED,
+    FRAMES,
+    LOOKS,
+    PAPER,
+    RANDOM,
+    SHUFFLED,
+    TRAINED,
+    Energies,
+    Regions,
+    channel_squares,
+    components,
+    dominating,
+    localisation,
+    looks,
+    preference,
+    regions,
+    sparsity,
+)
 
 CELL = dl.Cell("transformer", 0, "cond", 1, sigma=1.0, timestep=1000.0, depth=0.5)
 
 
-def measured(tmp_path: Path, samples: list[Any]) -> pd.DataFrame:
+def measured(samples: list[Any]) -> pd.DataFrame:
     """Equal energy at block 0; three times as much on tokens that are all wall at block 1."""
-    settings = token_energy.Settings(tasks=("maze",), samples=len(samples))
-    context = Context(None, settings, tmp_path, "planted", "planted", {})
     walls = np.stack([board.tokens(sample.masks["wall"]) for sample in samples])
     tables = []
     for block in (0, 1):
-        energy = np.broadcast_to((1 + 2.0 * block * walls)[:, None, None], (len(samples), 3, 5, 8, 8)).astype(np.float32)
+        energy = np.broadcast_to((1 + 2.0 * block * walls)[:, None, None], (len(samples), 2, 5, 8, 8)).astype(np.float32)
         cell = dl.Cell("transformer", 0, "cond", block, sigma=1.0, timestep=1000.0, depth=block / 2)
-        tables.append(token_energy.rows(context, token_energy.TRAINED, cell, energy, samples, np.random.default_rng(0)))
+        where = Regions.of(samples, (8, 8))
+        tables.append(token_energy.rows(TRAINED, cell, energy, samples, where, np.random.default_rng(0)))
     return pd.concat(tables, ignore_index=True)
 
 
-def test_finds_a_planted_preference(tmp_path: Path) -> None:
-    table = measured(tmp_path, [reasoner.task("maze").sample("test", number) for number in range(4)])
+def test_finds_a_planted_preference() -> None:
+    table = measured([reasoner.task("maze").sample("test", number) for number in range(4)])
     means = table.groupby(["model", "look", "block", "region"])["preference"].mean().unstack("region")
-    for look in (token_energy.PAPER, token_energy.CLEANED):
-        trained: Any = means.loc[token_energy.TRAINED].loc[look]
+    for look in LOOKS:
+        trained: Any = means.loc[TRAINED].loc[look]
         assert trained.loc[0].to_numpy() == pytest.approx(1, abs=1e-5)
         assert trained.loc[1, "wall"] > 1.2
         assert trained.loc[1, "background"] < 0.9
-        shuffled: Any = means.loc[token_energy.SHUFFLED].loc[look]
+        shuffled: Any = means.loc[SHUFFLED].loc[look]
         assert shuffled.loc[1, "wall"] == pytest.approx(1, abs=0.15)
-    localised = table[table["model"] == token_energy.TRAINED].groupby(["block", "region"])["localisation"].mean()
+    localised = table[table["model"] == TRAINED].groupby(["block", "region"])["localisation"].mean()
     assert localised.loc[(0, "wall")] == pytest.approx(0.5)
     assert localised.loc[(1, "wall")] > 0.8
 
 
-def test_localisation_is_the_area_under_the_roc_curve() -> None:
+def test_numbers_of_all_maps_and_regions_at_once_are_those_of_each() -> None:
     random = np.random.default_rng(0)
-    energy, inside = random.integers(0, 5, size=(3, 4, 5)).astype(float), random.random((4, 5)) * (random.random((4, 5)) > 0.5)
-    truth = np.broadcast_to(inside > 0, energy.shape).ravel()
-    assert localisation(energy, inside) == pytest.approx(roc_auc_score(truth, energy.ravel()))
-    assert np.isnan(localisation(energy, np.ones((4, 5))))
+    energy = random.integers(1, 6, size=(2, 3, 4, 5)).astype(np.float32)  # with ties
+    inside = random.random((2, 4, 4, 5)) * (random.random((2, 4, 4, 5)) > 0.5)
+    inside[0, 2], inside[1, 3] = 1, 0
+    preferences, areas = preference(energy, inside), localisation(energy, inside)
+    for sample, region in np.ndindex(2, 4):
+        tokens, part = energy[sample], inside[sample, region]
+        truth = np.broadcast_to(part > 0, tokens.shape).ravel()
+        if truth.any():
+            expected = metrics.region_share(tokens, part) / part.mean()
+            assert preferences[sample, region] == pytest.approx(expected, rel=1e-6)
+        if 0 < truth.sum() < truth.size:
+            assert areas[sample, region] == pytest.approx(roc_auc_score(truth, tokens.ravel()))
+    assert np.isnan(areas[0, 2])  # all tokens lie inside
+    assert np.isnan(areas[1, 3])
+    assert np.isnan(preferences[1, 3])
+    assert np.isfinite(preferences).sum() == 7
 
 
-def test_channels_that_dominate_are_named_and_taken_out() -> None:
+def test_sparsity_is_the_share_of_the_tokens_with_most_energy() -> None:
+    energy = np.ones((3, 2, 3, 5))  # 30 tokens: the twentieth is one token and a half
+    energy[1, 0, 0, 0] = 71.0
+    energy[2, 1, 2, :2] = [60.0, 12.0]
+    assert sparsity(energy) == pytest.approx([0.05, 71.5 / 100, 66.0 / 100])
+
+
+def test_looks_leave_out_channels_frames_or_both() -> None:
+    maps = np.random.default_rng(0).random((2, 2, 3, 4, 4))
+    seen = looks(maps)
+    assert list(seen) == list(LOOKS)
+    assert (seen[PAPER] == maps[:, 0]).all()
+    assert (seen[CHANNELS] == maps[:, 1]).all()
+    assert (seen[FRAMES] == maps[:, 0, 1:]).all()
+    assert (seen[CLEANED] == maps[:, 1, 1:]).all()
+    assert looks(maps[:, :, :1])[CLEANED].shape == (2, 1, 4, 4)
+
+
+def test_channels_that_dominate_are_taken_out_of_all_maps_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     stream = torch.randn(2, 3, 4, 4, 20, generator=generator)
-    stream[1, ..., 7] += 100
-    maps = energies(stream, CELL)
-    assert maps.shape == (2, 3, 3, 4, 4)
-    assert maps[:, 2].unique().tolist() == [0, 1]
-    torch.testing.assert_close(maps[0, 0], stream[0].norm(dim=-1))
-    torch.testing.assert_close(maps[0, 1], maps[0, 0])
-    torch.testing.assert_close(maps[1, 1], stream[1][..., [c for c in range(20) if c != 7]].norm(dim=-1))
+    # By itself the first row would keep channel 7 and the second one lose it; together they lose it.
+    stream[0, ..., 7] *= 8
+    stream[1, ..., 7] *= 30
+    squares = channel_squares(stream, CELL)
+    assert [dominating(row.numpy()).sum() for row in squares] == [0, 1]
+    tables = [
+        pd.DataFrame({"expert": "transformer", "step": 0, "block": 1, "channel": range(20), "square": row})
+        for row in squares.numpy()
+    ]
+    found = token_energy.chosen(tables)
+    assert np.flatnonzero(found["transformer", 1]).tolist() == [7]
+    maps = Energies(found)(stream, CELL)
+    assert maps.shape == (2, 2, 3, 4, 4)
+    torch.testing.assert_close(maps[:, 0], stream.norm(dim=-1))
+    torch.testing.assert_close(maps[:, 1], stream[..., [c for c in range(20) if c != 7]].norm(dim=-1))
 
 
 def test_components_are_the_principal_ones() -> None:
@@ -93,11 +149,11 @@ def constructed(early: float, middle: float, untrained: float) -> pd.DataFrame:
     random = np.random.default_rng(0)
     rows = []
     for sample in range(120):
-        for model, after in ((token_energy.TRAINED, middle), (token_energy.RANDOM, untrained)):
+        for model, after in ((TRAINED, middle), (RANDOM, untrained)):
             for depth in np.arange(0, 1, 0.1):
                 level = early if depth < 0.25 else after if depth < 0.75 else 1.0
                 noise = random.normal(scale=0.05)
-                where = {"task": "maze", "sample": sample, "model": model, "depth": depth, "look": token_energy.CLEANED}
+                where = {"task": "maze", "sample": sample, "model": model, "depth": depth, "look": CLEANED}
                 rows.append({**where, "region": "foreground", "preference": level + noise})
                 rows.append({**where, "region": "background", "preference": 2 - level + noise})
     return pd.DataFrame(rows)
