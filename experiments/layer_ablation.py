@@ -82,7 +82,7 @@ class Ablations:
 
     def _clean(self, task: str, first: int) -> tuple[Scorer, dl.Run, dict[str, np.ndarray]]:
         samples, inputs, seeds = self.call(task, first, self.settings.samples)
-        scorer, clean = Scorer(samples), self.lens.run(**inputs, seed=seeds)
+        scorer, clean = Scorer(samples, self.lens.pipe._execution_device), self.lens.run(**inputs, seed=seeds)
         return scorer, clean, scorer(clean.video)
 
     def _pool(self, task: str) -> dict[str, Activations]:

@@ -62,7 +62,7 @@ def measure(context: Context, pairs: Sequence[Any]) -> Part:
     """One batch of pairs: a row for each pair, step, block, edit and measure."""
     lens, branch = context.lens, context.settings.branch
     inputs = {side: call_of(context, [getattr(pair, side) for pair in pairs]) for side in ("clean", "donor")}
-    scorers = {side: Scorer([getattr(pair, side) for pair in pairs]) for side in inputs}
+    scorers = {side: Scorer([getattr(pair, side) for pair in pairs], lens.pipe._execution_device) for side in inputs}
     seeds = [[pair.clean.index] for pair in pairs]
     runs = {side: lens.run(**call, seed=seeds, decode=False, keep_calls=True) for side, call in inputs.items()}
     blocks, count = blocks_of(context, inputs["clean"])

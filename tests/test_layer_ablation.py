@@ -67,6 +67,7 @@ class Planted:
     block 2 the colours are noisy; block 3 does nothing. Only what is skipped at the first step counts. Another seed, no harm."""
 
     ran: list[Any]
+    pipe: Any = SimpleNamespace(_execution_device="cpu")
 
     def extent(self, **_: Any) -> Any:
         sites = tuple(SimpleNamespace(name=name) for name in SITES)
