@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dit_lens import plots
 from dit_lens.experiment import Context
-from dit_lens.statistics import in_words, summarise
+from dit_lens.statistics import in_words, summarise, unseen
 from experiments.content_shares import CONTENTS, Profile
 from probes.change_points import PAPER
 
@@ -71,6 +71,7 @@ def ablation(context: Context, results: pd.DataFrame) -> None:
         )
     for task in tasks:
         _case_map(context, parts[(parts["task"] == task) & (parts["kind"] != OTHER_SEED)], task)
+    _kept(context, parts[parts["kind"] == OTHER_SEED])
     _largest(context, summary, made)
 
 
@@ -113,8 +114,12 @@ def _curves(
 
 
 def _case_map(context: Context, parts: pd.DataFrame, task: str) -> None:
-    """Every case and block of a task, one map for each part of the damage."""
-    found = summarise(parts, "damage", ["case", "block", "measure"]).astype({"block": int})
+    """Every case and block of a task, one map for each part of the damage; of noise only that in place of whole blocks, at all
+    steps, by which the maps stay legible."""
+    beside = (parts["kind"] == "noise") & ((parts["site"] != "update") | (parts["band"] != "all"))
+    if beside.all():
+        return
+    found = summarise(parts[~beside], "damage", ["case", "block", "measure"]).astype({"block": int})
     found["panel"], found["case"] = found["measure"].map(PART_LABELS), found["case"].str.replace(" ", "\n")
     figure = plots.heat_maps(
         found,
@@ -127,13 +132,29 @@ def _case_map(context: Context, parts: pd.DataFrame, task: str) -> None:
         value_label=f"clean less edited, mean of N = {found['clusters'].min()}",
         limits=(min(0.0, float(found["mean"].min())), 1.0),
     )
+    count, widths = int(found["clusters"].min()), found["high"] - found["low"]
+    widest = ", ".join(f"{wide:.2f} ({part})" for part, wide in widths.groupby(found["measure"], sort=False).max().items())
     context.figure(
         f"map-{task}",
         figure,
         f"Damage by block and case, {task}",
-        f"{found['clusters'].min()} held-out samples. Intervals of all tasks together stand in the curves; of one cell here the"
-        f" 95 % interval is {float((found['high'] - found['low']).median()):.2f} wide in the median,"
-        f" {float((found['high'] - found['low']).max()):.2f} at most.",
+        f"{count} held-out samples. Intervals of all tasks together stand in the curves; of one cell here the 95 % interval is at"
+        f" most {widest} wide, and has no width where all samples agree, though one in {1 / unseen(count):.0f} may differ. White:"
+        " blocks at which a case is not tried. Noise in a part or a band is in the curves.",
+    )
+
+
+def _kept(context: Context, parts: pd.DataFrame) -> None:
+    """What the runs keep of which nothing is left out: more than this cannot be lost."""
+    found = summarise(parts, "clean", ["task", "measure"])
+    rows = []
+    for task, table in found.groupby("task", sort=False):
+        shares = {str(part): in_words(one) for part, one in table.groupby("measure", sort=False)}
+        rows.append({"task": task, **shares, "N": table["clusters"].min()})
+    context.table(
+        "What the clean runs keep",
+        pd.DataFrame(rows),
+        "Of perception, reasoning (share right) and picture, from 0 to 1, with 95 % bootstrap intervals over samples.",
     )
 
 
