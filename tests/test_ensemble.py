@@ -131,7 +131,8 @@ def test_hidden_states_on_schedule_keep_the_noise_of_their_row(bench: Bench) -> 
     """One x0-hat for all rows of a sample, that of the mean latents; what is left of a row's latents is its own noise."""
     hidden, merge = (Merge(what, TO_ALL, MIDDLE) for what in (HIDDEN, ON_SCHEDULE))
     x0_hat = bench.finished(merge, bench.first_step(merge), SEEDS).x0_hat(0)
-    a, b = bench.clean.weights[0]
+    weights: Any = bench.clean.weights[0]
+    a, b = weights
     velocity = bench.finished(hidden, bench.first_step(hidden), SEEDS).velocity(0, "guided")
     implied = a * by_seed(bench.clean.latents[0]).mean(1) + b * by_seed(velocity)[:, 0]
     torch.testing.assert_close(by_seed(x0_hat), implied[:, None].expand_as(by_seed(x0_hat)), atol=1e-4, rtol=1e-4)
