@@ -147,7 +147,8 @@ def of_damage(damage: pd.DataFrame, by: pd.DataFrame | None = None, name: str = 
         return np.clip(mean, 0, None) / np.where(total > 0, total, 1)
 
     shared = over_blocks(others.mean(axis=0), values.mean(axis=0))
-    draws = over_blocks(_resampled(others, seed), _resampled(values, seed))
+    # A unit that is drawn anew can come near nothing where samples are few, so that of another thing is not.
+    draws = over_blocks(_resampled(others, seed), _resampled(values, seed) if by is None else values.mean(axis=0))
     return Profile(name, blocks, depth, CONTENTS, shared, draws, len(values))
 
 

@@ -39,7 +39,7 @@ from dit_lens.experiment import Context, Experiment, Part
 from dit_lens.pairs import batches
 from experiments import ensemble_figures as figures
 from experiments import merging
-from experiments.ensemble_claims import CLAIMS
+from experiments.ensemble_claims import BY_STEPS, CLAIMS, by_steps
 from experiments.merging import Bench, Merge, best, voted
 
 JUDGED = [
@@ -134,7 +134,7 @@ def run(context: Context) -> pd.DataFrame:
     figures.by_count(context, results)
     figures.lengths(context, results)
     figures.numbers(context, results)
-    figures.claims_by_steps(context, results)
+    context.table("The claims' numbers by the number of steps", by_steps(results), BY_STEPS)
     for name in short:
         figures.examples(context, name, parts[f"{name}-few-{settings.seeds}-0"].arrays)
     return results

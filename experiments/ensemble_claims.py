@@ -83,3 +83,23 @@ CLAIMS = (
           "makes more videos right; averaging other blocks or the outputs does not."),
 )  # fmt: skip
 BESIDE = {"C12": controls(TO_ALL), "C12b": controls(TO_ONE)}
+BY_STEPS = (
+    "The claims judge runs of all numbers of steps together; intervals are as wide as theirs. With few steps the first one is"
+    " long, and a row that goes on from its own noise with a merged velocity leaves the noise level of the schedule by the"
+    " more. On schedule (a control): the x0-hat that the mean latents and the velocity after averaged hidden states imply is"
+    " written instead, and every row keeps its own noise."
+)
+
+
+def by_steps(results: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of the claims for runs of each number of steps, and what stands beside them, in words."""
+    rows = []
+    for one in CLAIMS:
+        for number in (*one.criteria, *BESIDE[one.name]):
+            row = {"claim": one.name if number in one.criteria else f"{one.name}, beside it", "number": number.name}
+            for steps, table in results.groupby("steps", sort=True):
+                found = number.measure(table)
+                told = f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}], N = {found.clusters}"
+                row[f"{steps} steps"] = told if found.clusters else "-"
+            rows.append(row)
+    return pd.DataFrame(rows)

@@ -12,7 +12,6 @@ from dit_lens import plots
 from dit_lens.experiment import Context
 from dit_lens.statistics import in_words, summarise
 from experiments import merging
-from experiments.ensemble_claims import BESIDE, CLAIMS
 from experiments.merging import Merge
 
 TOGETHER = "all of these"
@@ -177,27 +176,6 @@ def numbers(context: Context, results: pd.DataFrame) -> None:
         wide,
         "L2 distance of the cond velocity from the one after another way to merge, over the length of that. Written to all,"
         " streams are one from the window's first block on: what begins with all blocks ends as all blocks do, but for rounding.",
-    )
-
-
-def claims_by_steps(context: Context, results: pd.DataFrame) -> None:
-    """The numbers of the claims for runs of each number of steps, and what stands beside them."""
-    rows = []
-    for claim in CLAIMS:
-        for number in (*claim.criteria, *BESIDE[claim.name]):
-            row = {"claim": claim.name if number in claim.criteria else f"{claim.name}, beside it", "number": number.name}
-            for steps, table in results.groupby("steps", sort=True):
-                found = number.measure(table)
-                told = f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}], N = {found.clusters}"
-                row[f"{steps} steps"] = told if found.clusters else "-"
-            rows.append(row)
-    context.table(
-        "The claims' numbers by the number of steps",
-        pd.DataFrame(rows),
-        "The claims judge runs of all numbers of steps together; intervals are as wide as theirs. With few steps the first one is"
-        " long, and a row that goes on from its own noise with a merged velocity leaves the noise level of the schedule by the"
-        " more. On schedule (a control): the x0-hat that the mean latents and the velocity after averaged hidden states imply is"
-        " written instead, and every row keeps its own noise.",
     )
 
 
