@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from dit_lens.statistics import Interval, mean_interval
+from dit_lens.statistics import Interval, mean_interval, unvaried
 
 FAMILY = 80
 """How many criteria there may be in all experiments together; a test counts them."""
@@ -144,9 +144,12 @@ def _verdict(claim: Claim, found: Sequence[Found]) -> tuple[Word, str]:
 
 
 def mean(values: pd.Series, clusters: pd.Series) -> Interval:
-    """The mean over measurements at the level of verdicts; undefined (nan) measurements are left out."""
+    """The mean over measurements at the level of verdicts; undefined (nan) measurements are left out.
+
+    Where all are equal, the interval is that of `statistics.unvaried`.
+    """
     kept = ~values.isna()
-    return mean_interval(values[kept].to_numpy(), clusters[kept].to_numpy(), LEVEL, RESAMPLES)
+    return unvaried(mean_interval(values[kept].to_numpy(), clusters[kept].to_numpy(), LEVEL, RESAMPLES), LEVEL)
 
 
 def difference(results: pd.DataFrame, value: str, this: pd.Series, other: pd.Series, cluster: str = "sample") -> Interval:
@@ -155,16 +158,12 @@ def difference(results: pd.DataFrame, value: str, this: pd.Series, other: pd.Ser
     Args:
         this, other: masks of rows. cluster: the column that names the samples; of several tasks, one that names both.
 
-    Clusters that lack either side are left out; every cluster has the same weight. Where all differences are equal, resampling
-    finds no spread; the interval then reaches as far as the exact binomial one of an event that never occurred.
+    Clusters that lack either side are left out; every cluster has the same weight. Where all differences are equal, the
+    interval is that of `statistics.unvaried`.
     """
     means = [results[mask].dropna(subset=[value]).groupby(cluster)[value].mean() for mask in (this, other)]
     paired = (means[0].astype(float) - means[1].astype(float)).dropna()
-    found = mean_interval(paired.to_numpy(), np.asarray(paired.index), LEVEL, RESAMPLES)
-    if len(paired) > 1 and found.low == found.high:
-        room = 1 - ((1 - LEVEL) / 2) ** (1 / len(paired))
-        return replace(found, low=found.low - room, high=found.high + room)
-    return found
+    return unvaried(mean_interval(paired.to_numpy(), np.asarray(paired.index), LEVEL, RESAMPLES), LEVEL)
 
 
 def committed(folder: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ therefore stands beside every interval.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -111,6 +111,23 @@ def mean_interval(
     counts = _resampled_counts(len(names), resamples, seed)
     low, high = _ends((counts @ sums) / (counts @ sizes), level)
     return Interval(estimate, low, high, len(names), len(values))
+
+
+def unvaried(found: Interval, level: float = LEVEL) -> Interval:
+    """The interval of a share, or of a difference of shares, with room where no cluster differs from another.
+
+    Resampling finds no spread there, although the next cluster may differ. The interval then reaches on both sides as far as the
+    exact binomial one of an event that never occurred, with one trial per cluster. One that has a width is left as it is.
+    """
+    if found.clusters < 2 or not np.isclose(found.low, found.high, rtol=1e-9, atol=0):
+        return found
+    room = unseen(found.clusters, level)
+    return replace(found, low=found.low - room, high=found.high + room)
+
+
+def unseen(clusters: int, level: float = LEVEL) -> float:
+    """How large a share can be of which so many clusters show none: the end of its exact binomial interval."""
+    return 1 - ((1 - level) / 2) ** (1 / clusters)
 
 
 def auc_interval(

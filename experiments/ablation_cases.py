@@ -25,9 +25,9 @@ KINDS = ("skip", "zero", "mean", "resample", "noise")
 POOLED = ("mean", "resample")
 BANDS = ("all", "early", "middle", "late")
 THINNED = (
-    *(f"skip update {band}" for band in BANDS if band != "all"),
+    *(f"{kind} update {band}" for band in BANDS if band != "all" for kind in ("skip", "noise")),
     *(f"{kind} update all" for kind in ("mean", "resample")),
-    *(f"zero {site} all" for site in ("attn", "cross_attn", "mlp")),
+    *(f"{kind} {site} all" for site in ("attn", "cross_attn", "mlp") for kind in ("zero", "noise")),
 )
 """Cases that the full preset tries at every other block."""
 KEPT = 8

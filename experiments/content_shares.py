@@ -7,7 +7,8 @@
 * *Damage*: what is lost of perception, reasoning and picture by leaving the block out, means over samples and steps, negative
   means 0. The three have units of their own, so each is divided by its own sum over the blocks: of all the damage that blocks
   do to it one by one, the share of this block. Where nothing is lost, all three are 0.
-* *Patching*: how far the answer goes to the donor's with the update of its run; one curve, no shares.
+  Matched noise, the control, is given in the same units: over what leaving blocks out loses, not over its own sum.
+* *Patching*: how much more of the donor's answer is painted with the update of its run; one curve, no shares.
 
 Where no content has any selectivity, each has a third. Intervals: for damage and patching samples are drawn with
 replacement. Of a probe the interval over test samples is known, so selectivity is drawn from normal distributions of that width,
@@ -64,8 +65,10 @@ class Profile:
         if len(self.blocks) < 4:
             raise InputError(f"bands need at least 4 blocks, and {len(self.blocks)} were measured; name more depths")
         free = bands_of_draws(self.values, self.draws, samples=self.samples)
+        found = [[self._place(end * free.blocks) for end in ends] for ends in zip(free.low, free.high, strict=True)]
         two = bands_of_draws(self.values, self.draws, len(PAPER), samples=self.samples)
         row: dict[str, Any] = {"quantity": self.name, "changes": len(free.starts), "samples": self.samples}
+        row["found"] = [(self.depth[start], *ends) for start, ends in zip(free.starts, found, strict=True)]
         for place, depth in enumerate(PAPER):
             start = self.depth[two.starts[place]]
             # Blocks may be thinned out, so a boundary's place is told by the block where it is, of all that the model has.
@@ -129,25 +132,28 @@ def of_readings(readings: pd.DataFrame, seed: int = 0) -> tuple[Profile, Profile
     )
 
 
-def of_damage(damage: pd.DataFrame, seed: int = 0) -> Profile:
+def of_damage(damage: pd.DataFrame, by: pd.DataFrame | None = None, name: str = "share of damage", seed: int = 0) -> Profile:
     """Of all that is lost of a content at one block or another, the share of each block.
 
     Args:
         damage: one row per sample (`one`), step, block and content: `value`, `depth`.
+        by: instead of `damage`, what is lost by something else, in shares of the sum of `damage`.
     """
     values, blocks, depth = _by_sample(damage, list(CONTENTS))
+    others = values if by is None else _by_sample(by, list(CONTENTS))[0]
 
-    def over_blocks(mean: np.ndarray) -> np.ndarray:
-        left = np.clip(mean, 0, None)
-        total = left.sum(axis=-2, keepdims=True)
-        return left / np.where(total > 0, total, 1)
+    def over_blocks(mean: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        total = np.clip(lost, 0, None).sum(axis=-2, keepdims=True)
+        return np.clip(mean, 0, None) / np.where(total > 0, total, 1)
 
-    draws = over_blocks(_resampled(values, seed))
-    return Profile("share of damage", blocks, depth, CONTENTS, over_blocks(values.mean(axis=0)), draws, len(values))
+    shared = over_blocks(others.mean(axis=0), values.mean(axis=0))
+    # A unit that is drawn anew can come near nothing where samples are few, so that of another thing is not.
+    draws = over_blocks(_resampled(others, seed), _resampled(values, seed) if by is None else values.mean(axis=0))
+    return Profile(name, blocks, depth, CONTENTS, shared, draws, len(values))
 
 
 def of_patching(effects: pd.DataFrame, name: str, seed: int = 0) -> Profile:
-    """How far the answer goes to the donor's; columns as of damage, with one `content`."""
+    """How much more of the donor's answer is painted; columns as of damage, with one `content`."""
     values, blocks, depth = _by_sample(effects, ["reasoning"])
     return Profile(name, blocks, depth, ("reasoning",), values.mean(axis=0), _resampled(values, seed), len(values))
 

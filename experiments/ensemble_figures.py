@@ -25,6 +25,7 @@ COND = f"{merging.HIDDEN}, {merging.MIDDLE}, cond branch only"
 WAYS = [
     *(f"{merging.HIDDEN}, {window}" for window in merging.WINDOWS),
     COND,
+    f"{merging.ON_SCHEDULE}, {merging.MIDDLE}",
     merging.VELOCITY,
     merging.X0_HAT,
     merging.LATENTS,
@@ -35,6 +36,7 @@ WAYS = [
 COMPARATOR = "no merging"
 GAIN = "Gain: right or not, minus what the same seed of the same sample is without."
 INTERVALS = "95 % bootstrap intervals over samples"
+SEEDS = "Every sample of a task has seeds of its own."
 
 
 def way_of(one: Merge) -> str:
@@ -55,7 +57,10 @@ def gains(context: Context, results: pd.DataFrame) -> None:
     """The gain of every way, for every setup, beside what costs as much."""
     here = named(results)
     here = here[(here["k"] == context.settings.seeds) & (here["what"] != merging.NONE)]
-    both = pd.concat([here, here.assign(setup=TOGETHER)]) if here["setup"].nunique() > 1 else here
+    each = here.groupby(["setup", "series", "way", "cluster", "case"], sort=False)["gain"].mean().reset_index()
+    # As in the claims, the setups of a sample weigh the same.
+    merged = each.groupby(["series", "way", "cluster"], sort=False)["gain"].mean().reset_index()
+    both = pd.concat([each, merged.assign(setup=TOGETHER)]) if each["setup"].nunique() > 1 else each
     summary = summarise(both, "gain", ["setup", "series", "way"], cluster="cluster")
     every = named(results)
     unmerged = every[(every["k"] == context.settings.seeds) & (every["what"] == merging.NONE)]
@@ -66,14 +71,17 @@ def gains(context: Context, results: pd.DataFrame) -> None:
         "gains",
         figure,
         "What merging seeds at the first step gains",
-        f"{GAIN} {INTERVALS}, N of them at the top. Right without merging (all seeds): {without}. Best of K and vote cost K times"
-        " as much and are compared with the mean of their seeds; the oracle is the most that choosing among them can give.",
+        f"{GAIN} {SEEDS} {INTERVALS}, N of them at the top, or at the right where ways differ. All of these: the setups of a"
+        f" sample weigh the same, as in the claims. On schedule: see the table of the claims' numbers. Right without merging"
+        f" (all seeds): {without}. Best of K and vote cost K times as much and are compared with the mean of their seeds; the"
+        " oracle is the most that choosing among them can give.",
     )
 
 
 def by_count(context: Context, results: pd.DataFrame) -> None:
     """The gain against the number of seeds, with few steps."""
     here = named(results)
+    here = here[here["set"] == 0]
     here = here[
         here["what"].isin([merging.HIDDEN, merging.VELOCITY, merging.VOTE, merging.ORACLE])
         & here["way"].isin([f"{merging.HIDDEN}, {merging.MIDDLE}", merging.VELOCITY, merging.VOTE, merging.ORACLE])
@@ -95,7 +103,11 @@ def by_count(context: Context, results: pd.DataFrame) -> None:
         lines_at={"gain": 0.0},
     )
     context.figure(
-        "seeds", figure, "More seeds", f"{GAIN} Shaded: {INTERVALS}, N of them in the corner. Vote and oracle: K whole runs."
+        "seeds",
+        figure,
+        "More seeds",
+        f"{GAIN} {SEEDS} Fewer seeds are the first of more. Shaded: {INTERVALS}, N of them in the corner. Vote and oracle:"
+        " K whole runs.",
     )
 
 
@@ -137,7 +149,8 @@ def numbers(context: Context, results: pd.DataFrame) -> None:
     for (setup, series, way), table in here.groupby(["setup", "series", "way"], sort=False):
         told = {"right": "value", "gain": "gain", "same answer as the seed alone": "same"}
         shares = {title: in_words(summarise(table, column, ["setup"], cluster="case"), 3) for title, column in told.items()}
-        agreed = table.groupby("case").filter(lambda seeds: len(seeds) > 1).groupby("case")["answer"].agg(agreement)
+        several = table.groupby(["case", "set"]).filter(lambda seeds: len(seeds) > 1)
+        agreed = several.groupby(["case", "set"])["answer"].agg(agreement)
         rows.append(
             {"setup": setup, "merged": way, "to": series, **shares, "seeds agree": f"{agreed.mean():.2f}" if len(agreed) else "-"}
             | {"denoiser calls": int(table["calls"].iloc[0]), "samples": table["case"].nunique()}
@@ -145,8 +158,8 @@ def numbers(context: Context, results: pd.DataFrame) -> None:
     context.table(
         "What merging does",
         pd.DataFrame(rows),
-        f"First step, K = {context.settings.seeds}, {INTERVALS}. Seeds agree: how often two of a sample's seeds that went on show"
-        " the same answer. Denoiser calls: for one video.",
+        f"First step, K = {context.settings.seeds}, {INTERVALS}. {SEEDS} Seeds agree: how often two seeds of a sample's set that"
+        " went on show the same answer. Denoiser calls: for one video.",
     )
     usual = results[results["k"] == context.settings.seeds]
     apart = {
@@ -216,7 +229,19 @@ def intervals(summary: pd.DataFrame, ways: Sequence[str], label: str) -> Figure:
                     points["mean"], places, xerr=ends, fmt="o", color=colour, markersize=3.2, linewidth=1.1, label=series
                 )
             axis.axvline(0, color="#888888", linewidth=0.7, zorder=0)
-            axis.set_title(f"{setup}\nN = {here['clusters'].max()}", fontsize=8.5)
+            counts = here.groupby("way")["clusters"].max()
+            one = counts.nunique() == 1
+            axis.set_title(f"{setup}\nN = {counts.iloc[0]}" if one else f"{setup}\nN at the right", fontsize=8.5)
+            for way, count in () if one else counts.items():
+                axis.annotate(
+                    str(count),
+                    (1, there.index(way)),
+                    (3, 0),
+                    ("axes fraction", "data"),
+                    "offset points",
+                    fontsize=6.5,
+                    va="center",
+                )
         axes[0].set_yticks(range(len(there)), there, fontsize=7.5)
         axes[0].invert_yaxis()
         figure.supxlabel(label, fontsize=9)

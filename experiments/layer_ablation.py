@@ -7,13 +7,15 @@ run's measure less the edited one's: to perception, to reasoning and to the pict
 
 Controls:
 
-* noise: the update of the same block, moved exactly as far as leaving it out moves it, in random directions. What is lost by
-  this too is lost by the size of the change; a block that is missed no more than this did nothing there in particular.
+* noise: the update of the same block, or what the same part of it returns, moved exactly as far as leaving it out moves it, in
+  random directions, at the same steps. What is lost by this too is lost by the size of the change; a block that is missed no
+  more than this did nothing there in particular.
 * another seed: the clean run from other noise, which shows how far no damage at all is from zero.
 
 A model with random weights is no control here: it solves nothing, so nothing can be damaged. Nor is one branch alone, which
 asks another question: guidance needs both. The full preset takes 8 steps, by which the grid of cases fits in minutes; what the
-clean runs keep with so few is in the table. What the damage says of the paper's bands of layers is judged in `specialization`.
+clean runs keep with so few is in a table. Thinned there: all cases but a block left out for good and its noise are tried at
+every other block, from the first on. What the damage says of the paper's bands of layers is judged in `specialization`.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ OTHER_NOISE = 10_000
 
 @dataclass(frozen=True)
 class Settings:
-    """``cases`` are "kind site band", and the ``thinned`` ones are tried at every other block, the last among them; ``depths``
+    """``cases`` are "kind site band", and the ``thinned`` ones are tried at every other block, from the first on; ``depths``
     are places along the blocks (0 the first, 1 the last), all when there is none; ``pool`` further samples are what is put in
     place; ``steps`` of denoising; ``batch`` rows per pipeline call."""
 
@@ -82,7 +84,7 @@ class Ablations:
 
     def _clean(self, task: str, first: int) -> tuple[Scorer, dl.Run, dict[str, np.ndarray]]:
         samples, inputs, seeds = self.call(task, first, self.settings.samples)
-        scorer, clean = Scorer(samples), self.lens.run(**inputs, seed=seeds)
+        scorer, clean = Scorer(samples, self.lens.pipe._execution_device), self.lens.run(**inputs, seed=seeds)
         return scorer, clean, scorer(clean.video)
 
     def _pool(self, task: str) -> dict[str, Activations]:
@@ -93,7 +95,7 @@ class Ablations:
 
     def places(self, case: Case) -> list[int]:
         """The blocks at which a case is tried."""
-        return self.blocks[::-2][::-1] if str(case) in self.settings.thinned else self.blocks
+        return self.blocks[::2] if str(case) in self.settings.thinned else self.blocks
 
     def measure(self, task: str, first: int, case: Case | None) -> Part:
         """One case on one batch, or other noise: a row for each sample, block and measure."""

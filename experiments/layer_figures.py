@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 
 from dit_lens import plots
 from dit_lens.experiment import Context
-from dit_lens.statistics import in_words, summarise
+from dit_lens.statistics import in_words, summarise, unseen
 from experiments.content_shares import CONTENTS, Profile
 from probes.change_points import PAPER
 
 OTHER_SEED = "another seed"
 ABLATED, NOISE, PATCHED, OTHER = "left out", "moved as far at random", "donor's update", "another donor's update"
+CORNER: Any = {"ha": "right", "va": "top", "fontsize": 7, "color": "#444444"}
 NOISE_LABEL, SEED_LABEL = f"{NOISE} (control)", f"{OTHER_SEED} (control)"
 KIND_LABELS = {
     "skip": ABLATED,
@@ -70,6 +71,7 @@ def ablation(context: Context, results: pd.DataFrame) -> None:
         )
     for task in tasks:
         _case_map(context, parts[(parts["task"] == task) & (parts["kind"] != OTHER_SEED)], task)
+    _kept(context, parts[parts["kind"] == OTHER_SEED])
     _largest(context, summary, made)
 
 
@@ -112,8 +114,12 @@ def _curves(
 
 
 def _case_map(context: Context, parts: pd.DataFrame, task: str) -> None:
-    """Every case and block of a task, one map for each part of the damage."""
-    found = summarise(parts, "damage", ["case", "block", "measure"]).astype({"block": int})
+    """Every case and block of a task, one map for each part of the damage; of noise only that in place of whole blocks, at all
+    steps, by which the maps stay legible."""
+    beside = (parts["kind"] == "noise") & ((parts["site"] != "update") | (parts["band"] != "all"))
+    if beside.all():
+        return
+    found = summarise(parts[~beside], "damage", ["case", "block", "measure"]).astype({"block": int})
     found["panel"], found["case"] = found["measure"].map(PART_LABELS), found["case"].str.replace(" ", "\n")
     figure = plots.heat_maps(
         found,
@@ -126,13 +132,29 @@ def _case_map(context: Context, parts: pd.DataFrame, task: str) -> None:
         value_label=f"clean less edited, mean of N = {found['clusters'].min()}",
         limits=(min(0.0, float(found["mean"].min())), 1.0),
     )
+    count, widths = int(found["clusters"].min()), found["high"] - found["low"]
+    widest = ", ".join(f"{wide:.2f} ({part})" for part, wide in widths.groupby(found["measure"], sort=False).max().items())
     context.figure(
         f"map-{task}",
         figure,
         f"Damage by block and case, {task}",
-        f"{found['clusters'].min()} held-out samples. Intervals of all tasks together stand in the curves; of one cell here the"
-        f" 95 % interval is {float((found['high'] - found['low']).median()):.2f} wide in the median,"
-        f" {float((found['high'] - found['low']).max()):.2f} at most.",
+        f"{count} held-out samples. Intervals of all tasks together stand in the curves; of one cell here the 95 % interval is at"
+        f" most {widest} wide, and has no width where all samples agree, though one in {1 / unseen(count):.0f} may differ. White:"
+        " blocks at which a case is not tried. Noise in a part or a band is in the curves.",
+    )
+
+
+def _kept(context: Context, parts: pd.DataFrame) -> None:
+    """What the runs keep of which nothing is left out: more than this cannot be lost."""
+    found = summarise(parts, "clean", ["task", "measure"])
+    rows = []
+    for task, table in found.groupby("task", sort=False):
+        shares = {str(part): in_words(one) for part, one in table.groupby("measure", sort=False)}
+        rows.append({"task": task, **shares, "N": table["clusters"].min()})
+    context.table(
+        "What the clean runs keep",
+        pd.DataFrame(rows),
+        "Of perception, reasoning (share right) and picture, from 0 to 1, with 95 % bootstrap intervals over samples.",
     )
 
 
@@ -159,11 +181,13 @@ def specialization(context: Context, profiles: Mapping[str, Profile], gain: Prof
     """The three profiles over depth with their bands and the paper's; the gain of every block; both as tables."""
     compared = {name: profiles[name].compared() for name in ("selectivity", "damage", "patching")}
     tables = {name: profile.table() for name, profile in profiles.items()}
-    counts = ", ".join(f"N {_count(name, profile.samples)} ({name})" for name, profile in profiles.items())
+    counts = ", ".join(f"N {_count(name, profile.samples)} ({name})" for name, profile in profiles.items() if name in compared)
     about = (
         "Shaded: 95 % intervals (of selectivity drawn from the probes' intervals over test samples; of damage and patching"
-        " bootstrap over pairs). Grey bands: the paper's. Black lines: where two change points cut the curves best, with the"
-        " 95 % interval of each above (none where every draw agrees)."
+        " bootstrap over pairs). Grey bands: the paper's. Black lines: the changes that a shuffle test finds at 5 %, with the"
+        " 95 % interval of each above (none where every draw agrees). Thin grey lines: the best cut in two places, as the paper's"
+        " bands are, where the test does not find two. Dashed in the middle: the control, of each content in shares of the same"
+        " damage. Patching: the share of the squares of the donor's answer that are painted, less that in the clean run."
         " Selectivity and damage are means over the steps measured; guidance branch: "
         f"{context.settings.branch}. {counts}."
     )
@@ -207,13 +231,18 @@ def _bands(tables: Mapping[str, pd.DataFrame], compared: Mapping[str, Mapping[st
             else:
                 for content, colour in zip(CONTENTS, plots.COLOURS, strict=False):
                     _line(axis, tables[name][tables[name]["content"] == content], colour, content)
+                    if name == "damage":
+                        control = tables["noise"][tables["noise"]["content"] == content]
+                        _line(axis, control, colour, "", linestyle="--", alpha=0.6)
+                if name == "damage":
+                    axis.text(0.98, 0.94, f"dashed: {NOISE_LABEL}", **CORNER, transform=axis.transAxes)
             # Room for the names of the bands below, and the intervals of the boundaries above.
             low, high = axis.get_ylim()
-            axis.set_ylim(low - 0.05 * (high - low), high + 0.12 * (high - low))
+            axis.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
             _cuts(axis, compared[name])
             axis.set_title(f"{title}, N {_count(name, compared[name]['samples'])}")
         for axis, label in zip(
-            axes, ("of the three contents", "of the content's damage at all blocks", "of the way"), strict=True
+            axes, ("of the three contents", "of the content's damage at all blocks", "of the donor's answer, gained"), strict=True
         ):
             axis.set_ylabel(f"share {label}")
         figure.supxlabel("relative depth (block / number of blocks)", fontsize=9)
@@ -245,17 +274,17 @@ def _line(axis: Axes, table: pd.DataFrame, colour: str, label: str, **look: Any)
 
 
 def _cuts(axis: Axes, found: Mapping[str, Any]) -> None:
-    """The boundaries that were found, each with its interval as a bar above."""
-    for place, height in zip(range(len(PAPER)), (0.93, 0.97), strict=True):
-        axis.axvline(found[f"boundary {place}"], color="black", linewidth=1)
-        axis.plot(
-            [found[f"low {place}"], found[f"high {place}"]],
-            [height, height],
-            transform=axis.get_xaxis_transform(),
-            color="black",
-            linewidth=2.4,
-            solid_capstyle="butt",
-        )
+    """The changes that the test found, each with its interval as a bar above; thin, where it did not find two, the best two."""
+    if found["changes"] != len(PAPER):
+        for place in range(len(PAPER)):
+            axis.axvline(found[f"boundary {place}"], color="#999999", linewidth=0.8, linestyle=":")
+    for place, (boundary, low, high) in enumerate(found["found"]):
+        axis.axvline(boundary, color="black", linewidth=1)
+        height = 0.9 + 0.03 * place
+        across = axis.get_xaxis_transform()
+        axis.plot([low, high], [height, height], transform=across, color="black", linewidth=2.4, solid_capstyle="butt")
+    many = {0: "no change found", 1: "1 change found"}.get(found["changes"], f"{found['changes']} changes found")
+    axis.text(0.98, 0.99, many, **CORNER, transform=axis.transAxes)
 
 
 def _band_table(context: Context, compared: Mapping[str, Mapping[str, Any]]) -> None:
@@ -297,7 +326,10 @@ def specialization_maps(context: Context, asked: pd.DataFrame, lost: pd.DataFram
         f"Mean over the targets of each content ({targets}) and tasks ({', '.join(probed['task'].unique())}),"
         f" {probed['source'].iloc[0]}; {probed['samples'].min()} test samples or more.",
     )
-    changes = {"damage": (lost, "clean less edited", "Damage to x0-hat"), "patching": (moved, "share of the way", "Patching")}
+    changes = {
+        "damage": (lost, "clean less edited", "Damage to x0-hat"),
+        "patching": (moved, "share of the donor's answer, gained", "Patching"),
+    }
     for name, (table, label, title) in changes.items():
         keys = ["edit", "content", "step", "sigma", "block"]
         found = summarise(table, "value", keys, cluster="one")
@@ -307,7 +339,8 @@ def specialization_maps(context: Context, asked: pd.DataFrame, lost: pd.DataFram
         panels = [panel for content in CONTENTS for panel in dict.fromkeys(found["panel"]) if panel.startswith(content)]
         wide = float((found["high"] - found["low"]).max())
         about = f"Mean over {found['clusters'].min()} pairs of {', '.join(table['task'].unique())}; the 95 % interval of"
-        _map(context, name, f"{title} by block and step", found, panels, label, f"{about} a cell is at most {wide:.2f} wide.")
+        about += f" a cell is at most {wide:.2f} wide."
+        _map(context, name, f"{title} by block and step", found, panels, label, about)
 
 
 def _map(context: Context, name: str, title: str, table: pd.DataFrame, panels: list[str], label: str, about: str) -> None:

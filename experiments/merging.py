@@ -16,12 +16,13 @@ from torch import Tensor
 
 import dit_lens as dl
 from dit_lens import metrics, reasoner
-from dit_lens.clean import CleanRuns
-from dit_lens.experiment import CLEAN, CLOCK_COLUMNS, Context
+from dit_lens.experiment import CLOCK_COLUMNS, Context
 from dit_lens.reasoner import Score
 from dit_lens.run import Run
 
 HIDDEN, VELOCITY, X0_HAT, LATENTS, RESCALED = "hidden states", "velocity", "x0-hat", "latents", "latents, rescaled"
+ON_SCHEDULE = "hidden states, on schedule"
+"""The x0-hat that the mean latents and the velocity after hidden states were averaged imply; each row keeps its own noise."""
 FIRST, MIDDLE, WIDE, LAST, EVERY = "first quarter", "middle (paper)", "middle half", "last quarter", "all"
 WINDOWS = {FIRST: (0, 0.25), MIDDLE: (0.5, 0.75), WIDE: (0.25, 0.75), LAST: (0.75, 1), EVERY: (0, 1)}
 """Blocks by relative depth, [low, high)."""
@@ -50,24 +51,36 @@ class Merge:
     window: str = ""
     branch: str = "both"
 
+    @property
+    def of_noise(self) -> bool:
+        """Whether the initial noise is merged, before the model runs."""
+        return self.what in (LATENTS, RESCALED)
+
+    def calls(self, steps: int, branches: int, count: int) -> int:
+        """Denoiser calls for one video: its own, and of each of the other seeds those of the first step that are merged."""
+        merged = 0 if self.of_noise else 1 if self.branch == "cond" else branches
+        return branches * steps + merged * (count - 1)
+
 
 class Bench:
-    """Some samples of one task, each with the same K seeds; rows are sample by sample, seed by seed.
+    """Some samples of one task, each with K seeds of its own; rows are sample by sample, seed by seed.
 
     Args:
-        steps: inference steps; those of the samples where left out.
+        seeds: those of each sample, of all equally many. steps: inference steps; those of the samples where left out.
     """
 
-    def __init__(self, context: Context, samples: Sequence[Any], seeds: Sequence[int], steps: int | None = None) -> None:
-        self.context, self.lens, self.samples, self.seeds = context, context.lens, list(samples), list(seeds)
+    def __init__(
+        self, context: Context, samples: Sequence[Any], seeds: Sequence[Sequence[int]], steps: int | None = None
+    ) -> None:
+        self.lens, self.samples = context.lens, list(samples)
+        self.seeds, self.count = [list(own) for own in seeds], len(seeds[0])
         self.arguments = context.arguments if steps is None else {**context.arguments, "num_inference_steps": steps}
         self.inputs = {**reasoner.inputs(samples), **self.arguments}
 
     @cached_property
     def clean(self) -> Run:
-        """Each seed by itself, from the runs that all experiments share."""
-        shared = CleanRuns(self.lens, self.context.folder.parent / CLEAN, self.arguments)
-        return shared.runs(self.samples, self.seeds)
+        """Each seed by itself. No other experiment has these seeds, so the runs are made here."""
+        return self.lens.run(**self.inputs, seed=self.seeds)
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -82,9 +95,9 @@ class Bench:
 
     def possible(self, merge: Merge) -> bool:
         """Whether this model has what is to be merged."""
-        if merge.what == X0_HAT:
-            return self.clean.weights[0] is not None
-        return merge.what != HIDDEN or bool(self.blocks(merge.window))
+        if merge.what in (X0_HAT, ON_SCHEDULE) and self.clean.weights[0] is None:
+            return False
+        return not merge.window or bool(self.blocks(merge.window))
 
     def first_step(self, merge: Merge) -> Answers:
         """The answers of the first step, merged; of latents, see `merged_latents`."""
@@ -99,6 +112,9 @@ class Bench:
         assert not isinstance(a, tuple)
         assert not isinstance(b, tuple)
         latents = self.clean.latents[0]
+        if merge.what == ON_SCHEDULE:
+            mean = self.mixed(latents, merge.to)
+            return {branch: v + a * (mean - latents) / b for branch, v in {**own, **self._averaged(merge)}.items()}
         return {branch: (self.mixed(a * latents + b * v, merge.to) - a * latents) / b for branch, v in own.items()}
 
     def _averaged(self, merge: Merge) -> Answers:
@@ -112,7 +128,7 @@ class Bench:
 
     def mixed(self, rows: Float[Tensor, "rows ..."], to: str) -> Float[Tensor, "rows ..."]:
         """The mean over the seeds of each sample, in the rows that get it."""
-        grouped = rows.unflatten(0, (len(self.samples), len(self.seeds)))
+        grouped = rows.unflatten(0, (len(self.samples), self.count))
         mean = grouped.mean(dim=1, keepdim=True)
         if to == TO_ALL:
             return mean.expand_as(grouped).flatten(0, 1)
@@ -122,24 +138,24 @@ class Bench:
         """The mean of the initial noise of each sample's seeds, in all rows. Its variance is 1 / K, less noise than the model is
         told; rescaled by the root of K it is noise of variance 1 again, which is nothing but another seed."""
         mean = self.mixed(self.clean.latents[0], TO_ALL)
-        return mean * len(self.seeds) ** 0.5 if rescaled else mean
+        return mean * self.count**0.5 if rescaled else mean
 
     def finished(self, merge: Merge, answers: Answers, count: int) -> Run:
         """The first `count` seeds of each sample from the merged first step on; those that got the mean, whose streams are one
         where latents were merged."""
-        count = 1 if merge.to == TO_ONE or merge.what in (LATENTS, RESCALED) else min(count, len(self.seeds))
-        rows = [len(self.seeds) * sample + seed for sample in range(len(self.samples)) for seed in range(count)]
+        count = 1 if merge.to == TO_ONE or merge.of_noise else min(count, self.count)
+        rows = [self.count * sample + seed for sample in range(len(self.samples)) for seed in range(count)]
         how: Any = {"answers": {(0, branch): answer[rows] for branch, answer in answers.items()}}
-        if merge.what in (LATENTS, RESCALED):
+        if merge.of_noise:
             own = self.clean.rows(rows)
             noise = self.merged_latents(merge.what == RESCALED)[rows]
             donor = replace(own, latents=torch.cat([noise[None], own.latents[1:]]))
             how = {"edits": [dl.ReplaceLatents(step=0, donor=donor)]}
-        return self.lens.run(**self.inputs, seed=self.seeds[:count], **how)
+        return self.lens.run(**self.inputs, seed=[own[:count] for own in self.seeds], **how)
 
     def longer(self, steps: int) -> Run:
         """The first seed of each sample with another number of inference steps."""
-        return self.lens.run(**{**self.inputs, "num_inference_steps": steps}, seed=self.seeds[0])
+        return self.lens.run(**{**self.inputs, "num_inference_steps": steps}, seed=[own[:1] for own in self.seeds])
 
     @property
     def steps(self) -> int:
@@ -149,7 +165,7 @@ class Bench:
     @cached_property
     def alone(self) -> list[list[Score]]:
         """What each seed of each sample does by itself."""
-        scores, count = self.scores(self.clean), len(self.seeds)
+        scores, count = self.scores(self.clean), self.count
         return [scores[count * place : count * (place + 1)] for place in range(len(self.samples))]
 
     def scores(self, run: Run) -> list[Score]:
@@ -162,36 +178,34 @@ class Bench:
         """A row for each video: whether it is right, and whether its seed alone is and shows the same answer."""
         count, scores = run.batch // len(self.samples), self.scores(run)
         found = []
-        for place, (sample, alone) in enumerate(zip(self.samples, self.alone, strict=True)):
-            for seed in range(count):
-                score, own = scores[count * place + seed], alone[seed]
+        for place, (alone, seeds) in enumerate(zip(self.alone, self.seeds, strict=True)):
+            for which in range(count):
+                score, own = scores[count * place + which], alone[which]
                 told = {"value": float(score.right), "alone": float(own.right), "same": float(score.answer == own.answer)}
-                found.append({**self.name(sample, self.seeds[seed]), "answer": repr(score.answer), **told})
+                found.append({**self.name(place, seeds[which]), "answer": repr(score.answer), **told})
         return pd.DataFrame(found)
 
     def chosen(self, choose: Callable[[Sequence[Score]], Score]) -> pd.DataFrame:
         """A row for each sample: what is chosen of its seeds' own videos, beside their mean."""
         found = []
-        for sample, alone in zip(self.samples, self.alone, strict=True):
+        for place, alone in enumerate(self.alone):
             score, mean = choose(alone), sum(own.right for own in alone) / len(alone)
-            found.append(
-                {**self.name(sample, self.seeds[0]), "answer": repr(score.answer), "value": float(score.right), "alone": mean}
-            )
+            told = {"answer": repr(score.answer), "value": float(score.right), "alone": mean}
+            found.append({**self.name(place, self.seeds[place][0]), **told})
         return pd.DataFrame(found)
 
     def apart(self, one: Answers, other: Answers) -> pd.DataFrame:
         """A row for each sample: L2 distance of its `cond` velocities in two merged first steps, over the length of the other."""
         lengths = [torch.linalg.vector_norm(rows.flatten(1), dim=1) for rows in (one["cond"] - other["cond"], other["cond"])]
-        ratio = (lengths[0] / lengths[1]).unflatten(0, (len(self.samples), len(self.seeds))).mean(1)
+        ratio = (lengths[0] / lengths[1]).unflatten(0, (len(self.samples), self.count)).mean(1)
         return self.each(ratio)
 
     def shrinkage(self) -> pd.DataFrame:
         """How long the mean of the seeds is, over the mean of their lengths: a row for each sample and block (mean over tokens,
         `cond` branch), and for velocity, x0-hat and latents as a whole."""
-        count = len(self.seeds)
 
         def kept(rows: Tensor, cell: Any = None) -> Tensor:
-            grouped = rows.flatten(1, -2).unflatten(0, (-1, count)).float()
+            grouped = rows.flatten(1, -2).unflatten(0, (-1, self.count)).float()
             lengths = [torch.linalg.vector_norm(each, dim=-1) for each in (grouped.mean(1), grouped)]
             return (lengths[0] / lengths[1].mean(1)).mean(-1)
 
@@ -207,7 +221,7 @@ class Bench:
 
     def each(self, values: Tensor) -> pd.DataFrame:
         """A row for each sample with a value."""
-        named = [self.name(sample, self.seeds[0]) for sample in self.samples]
+        named = [self.name(place, own[0]) for place, own in enumerate(self.seeds)]
         return pd.DataFrame(named).assign(value=values.tolist())
 
     def pictures(self, run: Run, width: int) -> np.ndarray:
@@ -221,8 +235,9 @@ class Bench:
             line[:count] = (clips[:, -1] * 255).round().byte().numpy()
         return sheet
 
-    def name(self, sample: Any, seed: int) -> dict[str, Any]:
-        """The columns that name a sample, a seed and the first step."""
+    def name(self, place: int, seed: int) -> dict[str, Any]:
+        """The columns that name a sample by its place, a seed and the first step."""
+        sample = self.samples[place]
         setup = f"{sample.task.name}, {self.clean.steps} steps"
         named = {"task": sample.task.name, "sample": sample.index, "seed": seed, "steps": self.clean.steps, "setup": setup}
         # A sample that runs in two setups is one sample where both are taken together.
@@ -237,9 +252,11 @@ class Bench:
 
 
 def voted(alone: Sequence[Score]) -> Score:
-    """The video of the answer that most seeds give; among equals that of the earlier seed."""
-    answers = [score.answer for score in alone]
-    return max(alone, key=lambda score: answers.count(score.answer))
+    """The video of the answer that most seeds give, among equals that of the earlier seed. Seeds whose videos show no answer have
+    no vote, unless none shows any."""
+    voting = [score for score in alone if score.answer is not None] or list(alone)
+    answers = [score.answer for score in voting]
+    return max(voting, key=lambda score: answers.count(score.answer))
 
 
 def best(alone: Sequence[Score]) -> Score:

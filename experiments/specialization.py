@@ -6,9 +6,9 @@ kinds of evidence are laid over depth, block by block and step by step, each wit
 * selectivity: how much better probes read perceptual, reasoning and consolidation targets than control tasks (`probes.maps`);
 * damage: what x0-hat of the same step, decoded, loses of perception, reasoning and picture without the block (`damage`). The
   control moves the stream as far in random directions;
-* patching: how far the answer in that x0-hat goes to the donor's, when the block's update is that of the donor's run at the same
-  step. A pair differs in the words or in one object, by which no answer is right for both. The control is the donor of another
-  pair.
+* patching: how much more of the donor's answer that x0-hat paints, when the block's update is that of the donor's run at the same
+  step. A pair differs in the words or in one object, by which no answer is right for both. An answer that is only erased counts
+  for nothing. The control is the donor of another pair.
 
 Damage and patching act on one guidance branch, whose own x0-hat is read. That is what a block does for the present bet; what
 comes of it in the end is asked by layer-ablation. Shares of content and bands follow from these (`content_shares`); boundaries of
@@ -36,9 +36,10 @@ from experiments.content_shares import CONTENT_OF, of_damage, of_patching, of_re
 from experiments.damage import Scorer
 from experiments.layer_figures import ABLATED, NOISE, OTHER, PATCHED
 from experiments.readings import blocks_of, call_of, readings
-from experiments.specialization_claims import CLAIMS
+from experiments.specialization_claims import BESIDE, CLAIMS, beside
 
-TOWARDS = "towards the donor's answer"
+DONORS = "marks of the donor's answer"
+"""Of the squares that a legal answer of the donor paints, the share that is painted (the marks of `damage`)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def measure(context: Context, pairs: Sequence[Any]) -> Part:
     """One batch of pairs: a row for each pair, step, block, edit and measure."""
     lens, branch = context.lens, context.settings.branch
     inputs = {side: call_of(context, [getattr(pair, side) for pair in pairs]) for side in ("clean", "donor")}
-    scorers = {side: Scorer([getattr(pair, side) for pair in pairs]) for side in inputs}
+    scorers = {side: Scorer([getattr(pair, side) for pair in pairs], lens.pipe._execution_device) for side in inputs}
     seeds = [[pair.clean.index] for pair in pairs]
     runs = {side: lens.run(**call, seed=seeds, decode=False, keep_calls=True) for side, call in inputs.items()}
     blocks, count = blocks_of(context, inputs["clean"])
@@ -69,7 +70,7 @@ def measure(context: Context, pairs: Sequence[Any]) -> Part:
     def scored(x0_hat: Any) -> dict[str, np.ndarray]:
         boards, picture = scorers["clean"].read(lens.decode(x0_hat))
         found = scorers["clean"].measured(boards, picture)
-        return {**found, TOWARDS: (1 + scorers["donor"].marks(boards) - found["marks"]) / 2}
+        return {**found, DONORS: scorers["donor"].marks(boards)}
 
     tables = []
     for clock in context.clock(inputs["clean"]):
@@ -110,13 +111,14 @@ def run(context: Context) -> pd.DataFrame:
     lost = edited.assign(content=edited["measure"].map(CONTENT_OF), value=edited["clean"] - edited["value"]).dropna(
         subset="content"
     )
-    moved = edited[edited["measure"] == TOWARDS]
+    moved = edited[edited["measure"] == DONORS]
     moved = moved.assign(content="reasoning", value=moved["value"] - moved["clean"])
     asked = readings(context)
     selectivity_shares, selectivity, gain = of_readings(asked)
     profiles = {
         "selectivity": selectivity_shares,
         "damage": of_damage(lost[lost["edit"] == ABLATED]),
+        "noise": of_damage(lost[lost["edit"] == ABLATED], lost[lost["edit"] == NOISE], f"{NOISE}, over the damage"),
         "patching": of_patching(moved[moved["edit"] == PATCHED], PATCHED),
         "other": of_patching(moved[moved["edit"] == OTHER], OTHER),
     }
@@ -124,6 +126,7 @@ def run(context: Context) -> pd.DataFrame:
     layer_figures.specialization_maps(context, asked, lost[lost["edit"].isin([ABLATED, NOISE])], moved)
     derived = [profile.table() for profile in (*profiles.values(), selectivity, gain)]
     raw = pd.concat([lost, moved]).drop(columns="one").assign(quantity="change by an edit")
+    context.table("Damage in the claim's bands", beside(raw), BESIDE)
     return pd.concat([raw, asked, *derived], ignore_index=True).astype({"step": "Int64", "sample": "Int64", "samples": "Int64"})
 
 
@@ -139,7 +142,7 @@ EXPERIMENT = Experiment(
             pairs=100,
             batch=100,
             steps=20,
-            places=(0, 0.16, 0.42, 1),
+            places=(0, 0.16, 0.42, 0.8),
             depths=(),
             read_tasks=("circle", "maze", "tictactoe"),
             read=256,

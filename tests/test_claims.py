@@ -93,6 +93,8 @@ def test_a_difference_that_never_varies_is_not_certain() -> None:
     assert found.estimate == 0
     assert -0.05 < found.low < -0.02
     assert found.high == -found.low
+    assert mean(pd.Series([0.0] * 200), pd.Series(range(200))) == replace(found, measurements=200)
+    assert mean(pd.Series([0.0, 1.0]), pd.Series([0, 0])).clusters == 1  # one sample has no interval, and gets none
 
 
 @settings(deadline=None, max_examples=15)

@@ -20,6 +20,7 @@ from dit_lens.errors import InputError
 from dit_lens.experiment import Context, run_experiment
 from dit_lens.reasoner import Score
 from experiments import ensemble, ensemble_figures
+from experiments.ensemble_claims import gain
 from experiments.merging import (
     EVERY,
     FIRST,
@@ -28,6 +29,7 @@ from experiments.merging import (
     LATENTS,
     LENGTH,
     MIDDLE,
+    ON_SCHEDULE,
     RESCALED,
     RIGHT,
     TO_ALL,
@@ -42,6 +44,8 @@ from experiments.merging import (
 
 SHORT = {"num_inference_steps": 2, "num_frames": 5}
 SEEDS = 3
+OWN = [range(SEEDS), range(8, 8 + SEEDS)]
+"""Seeds of each sample."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def lens() -> Any:
 def bench(lens: Any, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("merges") / "ensemble"
     samples = [reasoner.task("circle").sample("test", index, frames=5) for index in range(2)]
-    return Bench(Context(lens, ensemble.Settings(), folder, "ensemble", "test", SHORT), samples, range(SEEDS))
+    return Bench(Context(lens, ensemble.Settings(), folder, "ensemble", "test", SHORT), samples, OWN)
 
 
 def by_seed(rows: torch.Tensor) -> torch.Tensor:
@@ -115,12 +119,35 @@ def test_outputs_are_averaged(bench: Bench, to: str) -> None:
 def test_a_first_step_that_is_not_merged_ends_as_the_seeds_alone(bench: Bench) -> None:
     own = {branch: bench.clean.velocity(0, branch) for branch in bench.branches}
     run = bench.finished(Merge(VELOCITY, TO_ALL), own, 2)
-    assert run.seeds == (0, 1, 0, 1)
+    assert run.seeds == (0, 1, 8, 9)
     torch.testing.assert_close(run.latents[-1], bench.clean.latents[-1][[0, 1, 3, 4]], atol=1e-5, rtol=1e-5)
     rows = bench.rows(run)
     assert rows["same"].eq(1).all()
     assert rows["value"].equals(rows["alone"])
-    assert rows["seed"].tolist() == [0, 1, 0, 1]
+    assert rows["seed"].tolist() == [0, 1, 8, 9]
+
+
+def test_hidden_states_on_schedule_keep_the_noise_of_their_row(bench: Bench) -> None:
+    """One x0-hat for all rows of a sample, that of the mean latents; what is left of a row's latents is its own noise."""
+    hidden, merge = (Merge(what, TO_ALL, MIDDLE) for what in (HIDDEN, ON_SCHEDULE))
+    x0_hat = bench.finished(merge, bench.first_step(merge), SEEDS).x0_hat(0)
+    weights: Any = bench.clean.weights[0]
+    a, b = weights
+    velocity = bench.finished(hidden, bench.first_step(hidden), SEEDS).velocity(0, "guided")
+    implied = a * by_seed(bench.clean.latents[0]).mean(1) + b * by_seed(velocity)[:, 0]
+    torch.testing.assert_close(by_seed(x0_hat), implied[:, None].expand_as(by_seed(x0_hat)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_video_costs_its_calls_and_the_first_ones_that_are_merged() -> None:
+    merges = (Merge(HIDDEN, TO_ALL, MIDDLE), Merge(HIDDEN, TO_ALL, MIDDLE, branch="cond"), Merge(LATENTS), Merge(RESCALED))
+    assert [merge.calls(steps=3, branches=2, count=3) for merge in merges] == [10, 8, 6, 6]
+
+
+def test_no_two_samples_have_a_seed_in_common() -> None:
+    settings = ensemble.Settings(counts=(2, 8), sets=2)
+    seeds = [{*settings.seeds_of(i, 8, 0), *settings.seeds_of(i, 3, 0), *settings.seeds_of(i, 3, 1)} for i in range(4)]
+    assert len(set.union(*seeds)) == sum(len(own) for own in seeds) == 4 * 8
+    assert list(settings.seeds_of(1, 2, 0)) == list(settings.seeds_of(1, 3, 0))[:2]
 
 
 def test_merged_noise_has_less_variance_unless_rescaled(bench: Bench) -> None:
@@ -161,6 +188,8 @@ def test_votes_and_oracles() -> None:
     assert voted(scores("a", "right", "right")).right
     assert not voted(scores("a", "right", "a")).right
     assert voted(scores("right", "a", "b")).right  # among equals the first
+    assert voted(scores(None, None, "right")).right  # no answer has no vote
+    assert voted(scores(None, None)).answer is None
     assert best(scores("a", "b", "right")).right
     assert not best(scores("a", "b", None)).right
     assert ensemble_figures.agreement(pd.Series(["a", "a", "b"])) == pytest.approx(1 / 3)
@@ -176,7 +205,7 @@ def planted(gains: dict[tuple[str, str], float], samples: int = 120) -> pd.DataF
         for what, window in ways:
             drawn = (random.random(samples) < abs(gains.get((what, window), 0.0))) * np.sign(gains.get((what, window), 0.0))
             way = {"measure": RIGHT, "what": what, "window": window, "to": to, "branch": "both", "k": 3}
-            rows += [{**way, "cluster": f"maze/{i}", "gain": gain} for i, gain in enumerate(drawn)]
+            rows += [{**way, "cluster": f"maze/{i}", "case": f"few/{i}", "gain": gain} for i, gain in enumerate(drawn)]
     noise = {"measure": LENGTH, "what": HIDDEN, "window": MIDDLE, "to": TO_ALL, "branch": "both", "k": 3, "gain": 9.0}
     return pd.DataFrame([*rows, {**noise, "cluster": "maze/0"}])
 
@@ -195,6 +224,13 @@ def test_claims_follow_from_the_gains(gains: dict[tuple[str, str], float], word:
     assert [judged(claim, planted(gains)).verdict for claim in ensemble.CLAIMS] == [word, word]
 
 
+def test_setups_of_a_sample_weigh_the_same_however_many_videos_they_have() -> None:
+    way = {"measure": RIGHT, "what": HIDDEN, "window": MIDDLE, "to": TO_ALL, "branch": "both", "k": 3}
+    few = [{**way, "cluster": f"maze/{i}", "case": f"few/{i}", "gain": 1.0} for i in range(2) for _ in range(6)]
+    own = [{**way, "cluster": f"maze/{i}", "case": f"own/{i}", "gain": 0.0} for i in range(2)]
+    assert gain(TO_ALL, HIDDEN, MIDDLE)(pd.DataFrame([*few, *own])).estimate == 0.5
+
+
 def test_an_ensemble_needs_two_seeds() -> None:
     for settings in (ensemble.Settings(seeds=1), ensemble.Settings(counts=(1,))):
         with pytest.raises(InputError, match="two seeds or more"):
@@ -203,7 +239,7 @@ def test_an_ensemble_needs_two_seeds() -> None:
 
 def test_runs_with_two_experts_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     lens = dl.wrap(tiny_pipeline(experts=2), engine="hooks")
-    settings = ensemble.Settings(tasks=("maze",), few=("circle",), few_steps=2, counts=(2,), further=True, batch=6)
+    settings = ensemble.Settings(tasks=("maze",), few=("circle",), few_steps=2, counts=(2,), sets=2, further=True, batch=6)
     how: Any = {"preset": "quick", "settings": settings, "arguments": SHORT}
     manifest = run_experiment(ensemble.EXPERIMENT, lens, tmp_path, **how)
     results = pd.read_parquet(tmp_path / "ensemble" / "results.parquet")
@@ -213,6 +249,12 @@ def test_runs_with_two_experts_and_goes_on_where_it_stopped(tmp_path: Path) -> N
     assert shown == {"gains.png", "seeds.png", "lengths.png", "pictures-circle.png"}
     longer = results[results["what"] == "K times the steps"]
     assert (longer["calls"] == 2 * 2 * 3).all()
+    right = results[results["measure"] == RIGHT]
+    assert right.groupby(["task", "k", "set"])["seed"].nunique().to_dict() == {
+        ("circle", 2, 0): 4, ("circle", 3, 0): 6, ("circle", 3, 1): 6, ("maze", 3, 0): 6}  # fmt: skip
+    table = next(table for table in manifest["tables"] if table["title"] == "The claims' numbers by the number of steps")
+    assert table["columns"] == ["claim", "number", "2 steps"]  # here both setups have two
+    assert len(table["data"]) == 2 * (6 + 3)
     again = run_experiment(ensemble.EXPERIMENT, lens, tmp_path, **how)
-    assert again["units"] == {"units": 3, "reused": 3}
+    assert again["units"] == {"units": 4, "reused": 4}
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "ensemble" / "results.parquet"), results)

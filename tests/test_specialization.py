@@ -64,6 +64,7 @@ def test_planted_selectivity_gives_the_papers_bands() -> None:
     found = profile.compared()
     assert found["changes"] == 2
     assert (found["boundary 0"], found["boundary 1"]) == (4 / 14, 11 / 14)
+    assert [place for place, *_ in found["found"]] == [4 / 14, 11 / 14]
     assert found["contains 0.25"]
     assert found["contains 0.75"]
     assert (found["bands share"], found["content share"]) == (1, 1)
@@ -110,6 +111,8 @@ def test_planted_damage_is_shared_over_blocks_whatever_its_unit() -> None:
     assert noisy.values.sum(axis=0) == pytest.approx(1)
     found = noisy.compared()
     assert (found["boundary 0"], found["boundary 1"], found["content share"]) == (4 / 14, 11 / 14, 1)
+    # A control that does half as much is half as high, and not as high over its own sum.
+    assert of_damage(planted_damage(levels, 0.0), planted_damage(levels / 2, 0.0)).values == pytest.approx(exact.values / 2)
     nothing = of_damage(planted_damage(0 * levels, 0.0))
     assert (nothing.values == 0).all()
     assert nothing.compared()["content share"] == 0
@@ -216,3 +219,4 @@ def test_presets_are_settings_of_one_kind() -> None:
     presets = specialization.EXPERIMENT.presets
     assert {type(preset) for preset in presets.values()} == {specialization.Settings}
     assert presets["full"].pairs >= 100
+    assert max(presets["full"].places) < 1  # after the last step nothing that is changed is seen

@@ -8,7 +8,7 @@ import pytest
 
 from dit_lens.claims import judged
 from experiments.layer_figures import ABLATED, NOISE
-from experiments.specialization_claims import CLAIMS
+from experiments.specialization_claims import CLAIMS, EARLY, MIDDLE, beside, more
 
 PLANTED = {"perception": (0.4, 0.1, 0.1), "reasoning": (0.1, 0.5, 0.1), "picture": (0.0, 0.1, 0.4)}
 
@@ -39,6 +39,19 @@ def test_bands_as_the_paper_draws_them_support_it() -> None:
 def test_damage_in_another_band_refutes_it(measure: str) -> None:
     turned = {**PLANTED, measure: PLANTED[measure][1:] + PLANTED[measure][:1]}
     assert judged(CLAIMS[0], damaged(turned)).verdict == "refuted"
+
+
+def test_what_noise_and_the_first_block_explain_is_told_beside_the_claim() -> None:
+    """Where early blocks lose more by the first one alone, and noise does as much to that, the order turns round."""
+    table = damaged(PLANTED)
+    table.loc[(table["depth"] == 0) & (table["measure"] == "reasoning"), "value"] += 2
+    names = ("as judged", "less matched noise", "without the first block", "both")
+    judged_at = ({}, {"net": True}, {"first": False}, {"net": True, "first": False})
+    found = {name: more("reasoning", MIDDLE, EARLY, **how)(table).estimate for name, how in zip(names, judged_at, strict=True)}
+    assert found == pytest.approx(dict(zip(names, (-0.6, 0.4, 0.4, 0.4), strict=True)), abs=0.02)
+    told = beside(table).set_index("damage").loc["reasoning lost, middle minus early blocks"]
+    assert told["as judged"].startswith("-0.")
+    assert told["both"].startswith("0.")
 
 
 def test_damage_that_noise_does_too_refutes_it() -> None:
