@@ -57,9 +57,10 @@ def curve_grid(
 
     ``table`` has those columns, ``x``, and ``mean``, ``low``, ``high``, ``clusters`` as `dit_lens.statistics.summarise`
     makes them. ``row_labels`` names the y axes and fixes the order of the rows; ``controls`` are the series drawn grey;
-    ``dashed`` those drawn in dashes, each in the colour of the series that it is mapped to (to itself: in one of its own), so
-    that a curve shows its null, or one that lies below it; ``lines_at`` draws a thin level line per row (chance). ``levels`` is a table like ``table`` without ``x``: what does not
-    depend on x, drawn across as a control. ``noise_axis`` turns x round, for sigma. Points of very `FEW` samples are left out.
+    ``dashed`` those drawn in dashes, each in the colour of the series before it that it is mapped to, or of its own where that
+    is itself: a curve shows its null, or the one that it lies on. ``lines_at`` draws a thin level line per row (chance).
+    ``levels`` is a table like ``table`` without ``x``: what does not depend on x, drawn across as a control. ``noise_axis``
+    turns x round, for sigma. Points of very `FEW` samples are left out.
     """
     columns, names = list(dict.fromkeys(table[column])), list(dict.fromkeys(table[series]))
     if levels is not None:

@@ -81,9 +81,7 @@ def test_a_dashed_series_has_the_colour_of_its_partner() -> None:
     ends = {"mean": 1.0, "low": 0.9, "high": 1.1, "clusters": 2, "r": "r", "c": "c"}
     table = pd.DataFrame([{**ends, "x": x, "s": name} for name in ("noise", "null", "twin") for x in (0, 1)])
     dashed = {"null": "noise", "twin": "twin"}
-    figure = plots.curve_grid(
-        table, x="x", x_label="x", row="r", column="c", series="s", row_labels={"r": "v"}, dashed=dashed
-    )
+    figure = plots.curve_grid(table, x="x", x_label="x", row="r", column="c", series="s", row_labels={"r": "v"}, dashed=dashed)
     noise, null, twin = drawn(figure).axes[0].get_lines()
     assert null.get_color() == noise.get_color() != twin.get_color()
     assert [line.get_linestyle() for line in (noise, null, twin)] == ["-", "--", "--"]
