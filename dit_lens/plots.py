@@ -99,7 +99,7 @@ def curve_grid(
                 else:
                     _count(axis, here["clusters"])
         for axis, panel in zip(axes[0], columns, strict=True):
-            axis.set_title(str(panel))
+            axis.set_title(str(panel), pad=12)  # above the number of samples
         if noise_axis:
             axes[0, 0].set_xlim(1.03, -0.03)
         elif pd.api.types.is_integer_dtype(table[x]):
