@@ -149,8 +149,11 @@ def over_doses(context: Context, results: pd.DataFrame, noise: pd.DataFrame) -> 
         " may be too little to tell the two apart."
     )
     for measure, name in (("right", "dose"), ("legal", "dose-legal"), ("same", "dose-same")):
+        shown = measured(rows, ["task", "at", "series", "x"], [measure])
+        if shown.empty:
+            continue
         figure = plots.curve_grid(
-            measured(rows, ["task", "at", "series", "x"], [measure]),
+            shown,
             x="x",
             x_label="dose: share of the frames, or of the energy in all frames, at each step that gets noise",
             row="at",

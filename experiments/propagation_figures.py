@@ -94,8 +94,8 @@ def curves(context: Context, results: pd.DataFrame) -> None:
         found.append(summarise(once, name, ["how", "sigma"], "cluster").assign(measure=name, place="outcome"))
     final = seeds[(seeds["later"] == seeds["later"].max()) & (seeds["place"] == STATES)]
     level = [summarise(final, name, ["kind"], "cluster").assign(measure=name, series=NULL) for name in ("changed", "rerouted")]
-    levels = pd.concat([each for each in level if len(each)], ignore_index=True)
-    columns = pd.DataFrame({"how": noise["how"].unique()})
+    # Of samples that show no answer there is none.
+    there, columns = [each for each in level if len(each)], pd.DataFrame({"how": noise["how"].unique()})
     figure = plots.curve_grid(
         pd.concat([each for each in found if len(each)], ignore_index=True).rename(columns={"place": "series"}),
         x="sigma",
@@ -111,7 +111,7 @@ def curves(context: Context, results: pd.DataFrame) -> None:
             "rerouted": "another answer,\nwhere both are right",
         },
         dashed=nulls,
-        levels=levels.merge(columns, how="cross"),
+        levels=pd.concat(there, ignore_index=True).merge(columns, how="cross") if there else None,
         noise_axis=True,
     )
     about = (
