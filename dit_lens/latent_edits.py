@@ -238,4 +238,8 @@ class ReplaceLatents:
     def _drawn(self, noise: int | Sequence[int], passage: Passage, latents: Tensor) -> Tensor:
         shape, each = latents.shape[1:], [noise] * len(passage.seeds) if isinstance(noise, int) else noise
         keys = [("latents", seed, row, passage.step) for seed, row in zip(each, passage.seeds, strict=True)]
-        return torch.stack([torch.randn(shape, generator=generator(*key)) for key in keys]).to(latents)
+        # Rows that are not chosen keep their bits whatever stands here, and many edits of few rows each make one run.
+        fresh = torch.zeros_like(latents, device="cpu", dtype=torch.float32)
+        for row in self.chosen_rows(len(keys)):
+            fresh[row] = torch.randn(shape, generator=generator(*keys[row]))
+        return fresh.to(latents)

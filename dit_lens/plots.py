@@ -52,6 +52,7 @@ def curve_grid(
     series: str,
     row_labels: Mapping[Any, str],
     controls: Collection[str] = (),
+    dashed: Mapping[str, str] | None = None,
     limits: Mapping[Any, tuple[float, float]] | None = None,
     lines_at: Mapping[Any, float] | None = None,
     levels: pd.DataFrame | None = None,
@@ -61,8 +62,10 @@ def curve_grid(
 
     ``table`` has those columns, ``x``, and ``mean``, ``low``, ``high``, ``clusters`` as `dit_lens.statistics.summarise`
     makes them. ``row_labels`` names the y axes and fixes the order of the rows; ``controls`` are the series drawn grey;
-    ``lines_at`` draws a thin level line per row (chance). ``levels`` is a table like ``table`` without ``x``: what does not
-    depend on x, drawn across as a control. ``noise_axis`` turns x round, for sigma. Points of very `FEW` samples are left out.
+    ``dashed`` those drawn in dashes, each in the colour of the series before it that it is mapped to, or of its own where that
+    is itself: a curve shows its null, or the one that it lies on. ``lines_at`` draws a thin level line per row (chance).
+    ``levels`` is a table like ``table`` without ``x``: what does not depend on x, drawn across as a control. ``noise_axis``
+    turns x round, for sigma. Points of very `FEW` samples are left out.
     """
     columns, names = list(dict.fromkeys(table[column])), list(dict.fromkeys(table[series]))
     if levels is not None:
@@ -71,7 +74,7 @@ def curve_grid(
         levels = levels[levels[column].isin(columns)].drop(columns=x, errors="ignore").merge(ends, how="cross")
         table, controls = pd.concat([table, levels]), [*controls, *levels[series].unique()]
         names = list(dict.fromkeys(table[series]))
-    looks = _looks(names, controls)
+    looks = _looks(names, controls, dashed or {})
     with mpl.rc_context(LOOK):
         size = (max(4.2, 1.1 + 2.25 * len(columns)), 0.9 + 1.85 * len(row_labels))
         figure = Figure(figsize=size, layout="constrained")
@@ -101,7 +104,7 @@ def curve_grid(
                 else:
                     _count(axis, here["clusters"])
         for axis, panel in zip(axes[0], columns, strict=True):
-            axis.set_title(str(panel))
+            axis.set_title(str(panel), pad=12)  # above the number of samples
         if noise_axis:
             axes[0, 0].set_xlim(1.03, -0.03)
         elif pd.api.types.is_integer_dtype(table[x]):
@@ -133,12 +136,14 @@ def heat_maps(
     titles: Mapping[Any, str] | None = None,
     spread: str | None = None,
     spread_label: str = "",
+    spread_limits: tuple[float, float] | None = None,
 ) -> Figure:
     """One heat map per value of ``panel``, ``y`` upwards and ``x`` to the right in order of appearance, on one colour
     scale.
 
     Cells carry their number where there are few enough to read. ``titles`` may say more than the panel's name. ``spread``
-    is a column that says how uncertain the values are; it has a second row of maps with a scale of its own.
+    is a column that says how uncertain the values are; it has a second row of maps, on a scale as long as that of the values
+    unless ``spread_limits`` are its ends.
     """
     panels, columns = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[x]))
     rows = sorted(table[y].unique())
@@ -146,7 +151,7 @@ def heat_maps(
     if spread is not None:
         # On a scale as long as that of the values, so that what is dark is uncertain beside them.
         longest = np.nanmax([limits[1] - limits[0], table[spread].max()])
-        maps.append((spread, spread_label, (0.0, float(longest) or 1.0), "Greys"))
+        maps.append((spread, spread_label, spread_limits or (0.0, float(longest) or 1.0), "Greys"))
     with mpl.rc_context({**LOOK, "axes.grid": False}):
         wide = 1.2 + 0.46 * len(columns)
         size = (1.0 + wide * len(panels), 0.6 + (0.9 + 0.27 * len(rows)) * len(maps))
@@ -299,7 +304,7 @@ def _sheet(
         spine.set_visible(False)
 
 
-def _looks(names: Sequence[str], controls: Collection[str]) -> dict[str, dict[str, Any]]:
+def _looks(names: Sequence[str], controls: Collection[str], dashed: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Colour and dash of each series: strong colours for what is measured, dashed greys for controls."""
     strong, grey = iter(COLOURS), iter(GREYS * 3)
     looks = {}
@@ -307,8 +312,10 @@ def _looks(names: Sequence[str], controls: Collection[str]) -> dict[str, dict[st
         if name in controls:
             colour, dash = next(grey)
             looks[name] = {"color": colour, "linestyle": dash, "linewidth": 1.2}
-        else:
+        elif dashed.get(name, name) == name:
             looks[name] = {"color": next(strong), "linewidth": 1.6, "marker": "o", "markersize": 2.6}
+        if name in dashed:
+            looks[name] = {**looks[dashed[name]], "linestyle": (0, (2, 2)), "marker": ""}
     return looks
 
 

@@ -24,6 +24,9 @@ from dit_lens.noise import noise_state
 
 How = Literal["replaced", "sigma-matched", "added"]
 ONE, SEVERAL, ALL, BUT_LAST = "one step", "several steps", "all steps", "all but the last"
+NEITHER, START, SCORED, BOTH = "neither", "the first frame", "the scored frame", "both"
+"""Which of two latent frames get noise: the first holds the picture that the video starts from, and the last the last frame of
+the video, which is all that a score reads."""
 SETS = 60
 """Of the sets of k frames, at most so many are used."""
 
@@ -78,6 +81,11 @@ class Arm:
         ]
 
 
+def held(frames: Sequence[int], count: int) -> str:
+    """Which of the first and the scored frame are among these latent frames, of so many."""
+    return {(False, False): NEITHER, (True, False): START, (False, True): SCORED}.get((0 in frames, count - 1 in frames), BOTH)
+
+
 def frames_for(share: float, count: int) -> int:
     """How many of so many frames come nearest to a share of them; at least one."""
     return max(1, round(share * count))
@@ -119,16 +127,18 @@ def labels(arm: Arm, clean: dl.Run, samples: Sequence[Any]) -> dict[str, Any]:
     every, step = tuple(range(clean.steps)), arm.steps[0]
     when = ONE if len(arm.steps) == 1 else {every: ALL, every[:-1]: BUT_LAST}.get(arm.steps, SEVERAL)
     some = when in (ONE, SEVERAL)
-    frames = [arm.frames(sample, clean.latents.shape[3]) for sample in samples]
+    count = clean.latents.shape[3]
+    frames = [arm.frames(sample, count) for sample in samples]
     return {
         "kind": "noise",
         "seed": 0,
         "where": arm.where,
         "how": arm.how,
         "when": when,
-        "share": arm.share if arm.where == "step" else [len(each) / clean.latents.shape[3] for each in frames],
+        "share": arm.share if arm.where == "step" else [len(each) / count for each in frames],
         "frames": ["+".join(map(str, each)) for each in frames],
         "count": [len(each) for each in frames],
+        "holds": [held(each, count) for each in frames],
         "turns": arm.where == "frame" and arm.frame is None,
         "step": float(step) if some else np.nan,
         "sigma": float(clean.sigmas[step]) if some else np.nan,

@@ -13,10 +13,11 @@ apart here:
 * the last step: what is destroyed there cannot be repaired, so noise at every step runs with it and without.
 
 Outcomes are the video's score, whether its answer is a legal one, whether it is that of the unedited run, and how much of the
-board that no answer touches has changed. Noise at the first step is another seed and must leave the score as it is. The bundled
-model has one expert, so a peak over sigma cannot be a change of experts. Thinned in the full preset: added noise is at every
-third step, and matched doses at three steps. Where noise goes into sets of frames, into one frame at one step, or into one frame
-by another way than replacing it, samples take turns at the frames. There is one seed.
+board that no answer touches has changed. A score reads the last frame of the video only, so noise in the latent frame that holds
+it, in the first one and in others are told apart. Noise at the first step is another seed and must leave the score as it is. The
+bundled model has one expert, so a peak over sigma cannot be a change of experts. Thinned in the full preset: added noise is at
+every third step, and matched doses at three steps. Where noise goes into sets of frames, into one frame at one step, or into one
+frame by another way than replacing it, samples take turns at the frames. There is one seed.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from dit_lens.experiment import Context, Experiment
-from experiments import noise_figures, noised
+from experiments import noise_figures, noise_tables, noised
 from experiments.arms import Arm, How, frames_for
 from experiments.noise_claims import CLAIMS
 
@@ -73,6 +74,7 @@ def run(context: Context) -> pd.DataFrame:
     results = pd.concat([table.dropna(axis=1, how="all") for table in tables], ignore_index=True).reindex(columns=columns)
     films = [("unedited", unedited[0].arrays["film"]), *noise_figures.pictured(made)]
     noise_figures.draw(context, results, films, runs.groups[0][0])
+    noise_tables.draw(context, results, CLAIMS)
     return results
 
 

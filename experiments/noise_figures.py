@@ -1,4 +1,4 @@
-"""What `noise` shows: curves over sigma, over frames and over doses, a table of doses, and pictures of one sample."""
+"""What `noise` shows: curves over sigma, over frames and over doses, and pictures of one sample; tables are in `noise_tables`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pandas as pd
 
 from dit_lens import plots
 from dit_lens.experiment import Context, Part
-from dit_lens.statistics import in_words, summarise
-from experiments.arms import ALL, BUT_LAST, ONE, SEVERAL, Arm
+from dit_lens.statistics import summarise
+from experiments.arms import ALL, BOTH, BUT_LAST, NEITHER, ONE, SCORED, START, Arm
 
 MEASURES = {
     "right": "share right",
@@ -23,7 +23,15 @@ MEASURES = {
 }
 LIMITS = {"right": (-0.03, 1.03), "legal": (-0.03, 1.03), "same": (-0.03, 1.03), "rerouted": (-0.03, 1.03)}
 CLEAN, OTHER = "unedited", "unedited, another seed"
-INTERVALS = "Shaded: 95 % bootstrap intervals over samples, N of them in the corner (a share of 0 or 1: exact binomial)."
+PLACES = {"step": "all frames, mixed in", "frame": "whole frames"}
+INTERVALS = (
+    "Shaded: 95 % bootstrap intervals over samples, N of them in the corner (a share of 0 or 1: exact binomial). A curve ends"
+    f" where its points have fewer than {plots.FEW:.0%} of the panel's largest N."
+)
+SCORE = (
+    "A score reads the last frame of the video only, which the last latent frame holds; latent frame 0 holds the picture that the"
+    " video starts from."
+)
 OUTCOMES = (
     "A legal answer counts even where the rest of the board is damaged; damage is the share of squares that no legal answer"
     " touches and that differ from the first frame."
@@ -32,13 +40,17 @@ OUTCOMES = (
 
 def draw(context: Context, results: pd.DataFrame, films: Sequence[tuple[str, np.ndarray]], sample: Any) -> None:
     """All figures and tables, of what the results hold."""
-    noise = results[results["kind"] == "noise"].astype({"turns": bool, "count": int, "share": float})
+    noise = noisy(results)
     whole = noise[(noise["where"] == "step") & (noise["when"] == ONE) & np.isclose(noise["share"], 1)]
     over_sigma(context, results, whole)
     over_frames(context, results, noise[(noise["where"] == "frame") & noise["when"].isin([ALL, BUT_LAST])])
     over_doses(context, results, noise)
-    doses(context, results)
     pictures(context, films, sample)
+
+
+def noisy(results: pd.DataFrame) -> pd.DataFrame:
+    """The runs with noise; columns that unedited runs lack have the types of their values."""
+    return results[results["kind"] == "noise"].astype({"turns": bool, "count": int, "share": float})
 
 
 def measured(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
@@ -57,9 +69,9 @@ def levels(results: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) ->
     """The unedited runs, and for answers those of another seed: how often two seeds agree by themselves."""
     clean, other = (results[results["kind"] == kind] for kind in ("clean", "other seed"))
     agreeing = [name for name in measures if name in ("same", "rerouted")]
-    found = [measured(clean, by, [name for name in measures if name not in agreeing]).assign(series=CLEAN)]
-    found += [measured(other, by, agreeing).assign(series=OTHER)] if agreeing else []
-    return pd.concat(found, ignore_index=True)
+    own = [name for name in measures if name not in agreeing]
+    kinds = ((clean, own, CLEAN), (other, agreeing, OTHER))
+    return pd.concat([measured(rows, by, some).assign(series=name) for rows, some, name in kinds if some], ignore_index=True)
 
 
 def over_sigma(context: Context, results: pd.DataFrame, whole: pd.DataFrame) -> None:
@@ -81,104 +93,90 @@ def over_sigma(context: Context, results: pd.DataFrame, whole: pd.DataFrame) -> 
         "All frames of one step get noise. Replaced: the latents by pure noise. Sigma-matched: their noise drawn again around the"
         " video that they hold. Added: noise of the norm of the latents on top. At \u03c3 = 1 the first two are another seed."
     )
-    context.figure("sigma", figure, "Noise at a step", f"{about} {OUTCOMES} {INTERVALS}")
+    context.figure("sigma", figure, "Noise at a step", f"{about} {SCORE} {OUTCOMES} {INTERVALS}")
 
 
 def over_frames(context: Context, results: pd.DataFrame, frames: pd.DataFrame) -> None:
     """Noise in one frame, and in sets of frames, at every step."""
-    names = ["right", "same", "damage", "damage_last"]
-    about = "Noise in the latents of these frames at every step, or at every step but the last."
     singles = frames[frames["count"] == 1]
-    # Samples that take turns bring few to each frame; they stand in where no frame was noised in all samples.
-    singles = singles[~singles["turns"]] if not singles["turns"].all() else singles
-    shown = {
-        "frame": (singles.assign(x=singles["frames"].astype(int)), "latent frame that gets noise", "Noise in one latent frame"),
-        "frames": (frames.assign(x=frames["count"]), "number of latent frames that get noise", "Noise in sets of latent frames"),
+    # Samples that take turns bring few to each frame: a way that was put into each frame of all samples does without them.
+    whole = singles[~singles["turns"]]
+    singles = pd.concat([whole, singles[singles["turns"] & ~singles["how"].isin(whole["how"])]])
+    # Of the other ways, only the table has both ends.
+    singles = singles[(singles["when"] == BUT_LAST) | (singles["how"] == "replaced")]
+    singles = singles.assign(x=singles["frames"].astype(int), series=singles["how"] + ", " + singles["when"])
+    sets = frames[(frames["how"] == "replaced") & (frames["when"] == BUT_LAST)]
+    order = [NEITHER, START, SCORED, BOTH]
+    sets = sets.assign(x=sets["count"], series="noise in " + sets["holds"])
+    sets = sets.sort_values("holds", key=lambda held: held.map(order.index), kind="stable")
+    about = {
+        "frame": "Noise in the latents of one frame at every step, or at every step but the last: dashed, as it may lie on the"
+        " other curve. Of ways other than replacing, samples take turns at the frames.",
+        "frames": "The latents of so many frames are replaced by noise at every step but the last, by whether the first and the"
+        " scored frame are among them (dashed, as it may lie on another curve). Samples take turns at sets of several frames.",
     }
+    shown = {
+        "frame": (singles, "latent frame that gets noise", "Noise in one latent frame"),
+        "frames": (sets, "number of latent frames that get noise", "Noise in sets of latent frames"),
+    }
+    names = ["right", "legal", "same", "damage", "damage_last"]
     for name, (rows, label, title) in shown.items():
         if rows["x"].nunique() < 2:
             continue
-        series = rows["how"] + ", " + rows["when"]
         figure = plots.curve_grid(
-            measured(rows.assign(series=series), ["task", "series", "x"], names),
+            measured(rows, ["task", "series", "x"], names),
             x="x",
             x_label=label,
             row="measure",
             column="task",
             series="series",
             row_labels={name: MEASURES[name] for name in names},
+            dashed={name: name for name in (f"replaced, {BUT_LAST}", f"noise in {SCORED}")},
             levels=levels(results, ["task"], names),
             limits=LIMITS,
         )
-        turns = " Samples take turns at the sets." if name == "frames" else ""
-        context.figure(name, figure, title, f"{about}{turns} {OUTCOMES} {INTERVALS}")
+        context.figure(name, figure, title, f"{about[name]} {SCORE} {OUTCOMES} {INTERVALS}")
 
 
 def over_doses(context: Context, results: pd.DataFrame, noise: pd.DataFrame) -> None:
-    """Noise in some frames against the same share of noise in all frames."""
-    names = ["right", "same", "damage_last"]
-    kinds = {"step": "all frames, mixed in", "frame": "whole frames"}
+    """Noise in some frames against the same share of noise in all frames, task by task."""
+    rows = matched(noise)
+    rows = rows.assign(series=rows["where"].map(PLACES) + ", " + rows["how"], x=rows["share"])
+    about = (
+        "Rows: when. Noise in whole frames destroys the energy of these; mixed in, sqrt(1 - a\u00b2) of the latents are kept in"
+        " all frames and the dose is a\u00b2. At dose 1 both replace everything. Sigma-matched: the dose is of the noise in the"
+        f" latents, whose video is kept. Samples take turns at the frames. {SCORE} At the smallest dose and at one step, either"
+        " may be too little to tell the two apart."
+    )
+    for measure, name in (("right", "dose"), ("legal", "dose-legal"), ("same", "dose-same")):
+        shown = measured(rows, ["task", "at", "series", "x"], [measure])
+        if shown.empty:
+            continue
+        figure = plots.curve_grid(
+            shown,
+            x="x",
+            x_label="dose: share of the frames, or of the energy in all frames, at each step that gets noise",
+            row="at",
+            column="task",
+            series="series",
+            row_labels={at: f"{MEASURES[measure]}\n{at}" for at in dict.fromkeys(rows["at"])},
+            levels=levels(results, ["task"], [measure]).merge(rows[["at"]].drop_duplicates(), how="cross"),
+            limits=dict.fromkeys(rows["at"], LIMITS[measure]),
+        )
+        title = f"The same dose in some frames and in all: {MEASURES[measure].replace(chr(10), ' ')}"
+        context.figure(name, figure, title, f"{about} {INTERVALS}")
+
+
+def matched(noise: pd.DataFrame) -> pd.DataFrame:
+    """The arms that are compared at equal doses, with ``at``, when they act; the steps of one row are those of the other."""
     rows = noise[noise["when"].isin([ONE, BUT_LAST]) & (noise["how"] != "added")]
-    at = rows[(rows["where"] == "frame") & (rows["when"] == ONE)]["step"].unique()
-    rows = rows[(rows["when"] == BUT_LAST) | rows["step"].isin(at)]
-    title = [
+    steps = rows[(rows["where"] == "frame") & (rows["when"] == ONE)]["step"].unique()
+    rows = rows[(rows["when"] == BUT_LAST) | rows["step"].isin(steps)]
+    at = [
         f"at one step, \u03c3 {s:.2f}" if when == ONE else "at all steps but the last"
         for s, when in zip(rows["sigma"], rows["when"], strict=True)
     ]
-    rows = rows.assign(at=title, series=rows["where"].map(kinds) + ", " + rows["how"], x=rows["share"])
-    rows = rows.sort_values(["when", "step"], kind="stable")
-    figure = plots.curve_grid(
-        measured(rows, ["at", "series", "x"], names),
-        x="x",
-        x_label="dose: share of the frames, or of the energy in all frames, at each step that gets noise",
-        row="measure",
-        column="at",
-        series="series",
-        row_labels={name: MEASURES[name] for name in names},
-        levels=levels(results, ["kind"], names).merge(rows[["at"]].drop_duplicates(), how="cross"),
-        limits=LIMITS,
-    )
-    about = (
-        "Tasks together. Noise in whole frames destroys the energy of these; mixed in, sqrt(1 - a\u00b2) of the latents are kept"
-        " in all frames and the dose is a\u00b2. At dose 1 both replace everything. Sigma-matched: the dose is of the noise in"
-        " the latents, whose video is kept. Samples take turns at the frames."
-    )
-    context.figure("dose", figure, "The same dose in some frames and in all", f"{about} {INTERVALS}")
-
-
-def doses(context: Context, results: pd.DataFrame) -> None:
-    """Every kind of arm with its dose and its outcomes."""
-    noise = results[results["kind"] == "noise"].assign(share=lambda table: table["share"].astype(float).round(3))
-    rows = [
-        _line("unedited", results[results["kind"] == "clean"]),
-        _line("another seed", results[results["kind"] == "other seed"]),
-    ]
-    order = {ONE: 0, SEVERAL: 1, BUT_LAST: 2, ALL: 3}
-    columns = ["how", "where", "when", "share"]
-    kinds = {tuple(group[columns].iloc[0]): group for _, group in noise.groupby(columns)}
-    for (how, place, when, share), group in sorted(kinds.items(), key=lambda item: (*item[0][:2], order[item[0][2]], item[0][3])):
-        # Noise at the first step is a reseed and not counted here.
-        kept = group[group["step"] != 0] if when == ONE and (group["step"] > 0).any() else group
-        where = "all frames" if place == "step" else "some frames"
-        number = {"destroyed": kept["destroyed"], "in all": kept["total"], "put in": kept["added"]}
-        rows.append(_line(f"{how}, {where}, {when}, {share:g}", kept) | {name: f"{c.mean():.2f}" for name, c in number.items()})
-    table = pd.DataFrame(rows).fillna("-")
-    about = (
-        "Tasks together; means over steps after the first and over frames, with 95 % bootstrap intervals over samples. Named:"
-        " how, where, when, and the share of the frames or of the energy mixed in. Destroyed: energy of the latents overwritten"
-        " at a step, over all of it; in all: summed over the steps that get noise; put in: energy of the noise, over that of the"
-        " latents."
-    )
-    context.table("Doses and what they do", table, about)
-
-
-def _line(name: str, rows: pd.DataFrame) -> dict[str, str]:
-    columns = {"right": "right", "legal": "legal", "same": "same answer", "damage": "damage"}
-    found = {"noise": name, "destroyed": "-", "in all": "-", "put in": "-"}
-    for column, title in columns.items():
-        here = rows.dropna(subset=[column])
-        found[title] = in_words(measured(here, ["kind"], [column]))
-    return found | {"N": str(rows["cluster"].nunique())}
+    return rows.assign(at=at).sort_values(["when", "step"], kind="stable")
 
 
 def pictured(made: Sequence[tuple[Arm, Part]]) -> list[tuple[str, np.ndarray]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 import dit_lens as dl
 from dit_lens import metrics, provenance, reasoner
 from dit_lens.experiment import Context, Part
-from dit_lens.reasoner import board
+from dit_lens.reasoner import Task, board
 from experiments import arms
 from experiments.arms import Arm, How
 
@@ -134,8 +134,9 @@ class Reference:
         found = np.full((len(self.later), 1 + len(self.settings.depths), run.batch, 2), np.nan, dtype=np.float32)
         for index, step in enumerate(self.later):
             if step >= first:
-                pair = [one.x0_hat(step).flatten(2).mT for one in (run, self.clean)]
-                found[index, 0] = apart(*pair).numpy()
+                # Kept on the CPU, compared on the model's device: in float64, where a CPU is slow.
+                pair = [one.x0_hat(step).to(self.lens.pipe.device).flatten(2).mT for one in (run, self.clean)]
+                found[index, 0] = apart(*pair).cpu().numpy()
         counts = self.lens.extent(**self.inputs).blocks
         for entry in run.activations:
             blocks = self.blocks(counts[entry.cell.expert])
@@ -167,7 +168,9 @@ def outcomes(video: Tensor, samples: Sequence[Any]) -> pd.DataFrame:
     read = board.read(pixels)
     rows = []
     for sample, clip, boards in zip(samples, pixels, read, strict=True):
-        score = sample.task.scores(clip[None], [sample])[0]
+        # Tasks that judge boards need not read them again; those that judge pixels have scores of their own.
+        judges = type(sample.task).scores is Task.scores
+        score = sample.task.judge(boards, sample) if judges else sample.task.scores(clip[None], [sample])[0]
         changed = (boards != sample.boards[0])[:, sample.untouched]
         rows.append(
             {

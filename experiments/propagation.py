@@ -8,9 +8,10 @@ after it.
 
 A run that went elsewhere is not a damaged one: another seed diverges too, and gives as good an answer. So the control is the
 dissimilarity of two unedited runs with different seeds; an unedited run that is made again differs by rounding only. Whether
-dissimilarity says anything about the answer is measured as the area under the ROC curve with which it tells runs that have
-kept the unedited answer from those that have not, among runs with noise at the same step; the plain L2 distance, divided
-by the norm, is its control.
+dissimilarity says anything about the answer is measured as the area under the ROC curve with which it tells runs that show
+another legal answer, and runs that have lost theirs, from those that have kept the unedited one, among runs with noise at the
+same step; the plain L2 distance, divided by the norm, is its control. Tasks differ in both, how far runs go and how often
+answers change, so the area is measured within each task and averaged, over samples that have several legal answers.
 
 Thinned in the full preset: runs are compared at every second step and the last. There is one seed beside the control's.
 """
@@ -25,12 +26,16 @@ import pandas as pd
 
 from dit_lens.claims import Claim, Criterion, difference, mean
 from dit_lens.experiment import CLOCK_COLUMNS, Context, Experiment
-from dit_lens.statistics import Interval, auc_interval
-from experiments import noised, propagation_figures
+from dit_lens.statistics import Interval, Resampled, macro_auc_resampled
+from experiments import noised, propagation_figures, propagation_tables
 from experiments.noised import STATES
+from experiments.propagation_tables import ANOTHER, LOST
 
-PREDICTED = ["moment", "how", "place", "step", "sigma", "measure", "mean", "low", "high", "clusters", "share"]
-CARRIED = ["task", "sample", "cluster", "several", "seed", "kind", "right", "clean_right", "same", "changed", "rerouted"]
+AT = ["told", "moment", "how", "place", "step", "sigma"]
+PREDICTED = [*AT, "measure", "mean", "low", "high", "clusters", "positives", "counts"]
+CARRIED = ["task", "sample", "cluster", "several", "seed", "kind", "right", "legal", "clean_right", "same", "changed", "rerouted"]
+FEWEST = 10
+"""Runs of either kind that an area under the curve needs in every task."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ def run(context: Context) -> pd.DataFrame:
     for arm, part in runs.at_steps():
         rows += long(runs, part.table[[*CARRIED, "how", *CLOCK_COLUMNS]], part.arrays["distances"], arm.steps[0])
     results = beside_seeds(pd.concat(rows, ignore_index=True))
-    propagation_figures.draw(context, results, predictions(results))
+    told = predictions(results)
+    propagation_figures.draw(context, results, told, FEWEST)
+    propagation_tables.draw(context, results, told, CLAIMS, early(results), FEWEST)
     return results
 
 
@@ -75,24 +82,42 @@ def beside_seeds(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def predictions(results: pd.DataFrame) -> pd.DataFrame:
-    """How well dissimilarity and distance tell that the answer is no longer the unedited one, by injected step.
+    """How well dissimilarity and distance tell runs whose answer changed from those that kept it, by injected step.
 
-    Right after the noise (the first compared step from there on) and at the last step.
+    Apart for ``told``: another legal answer, and none any more. Right after the noise (the first compared step from there on) and
+    at the last step. Undefined where a task has fewer than `FEWEST` runs of either kind; ``counts``: how many each has, and
+    ``positives`` those with a changed answer in all.
     """
-    noise = results[(results["kind"] == "noise") & results["changed"].notna()]
+    noise = results[(results["kind"] == "noise") & results["changed"].notna() & results["several"]]
+    kept, legal = noise["changed"] == 0, noise["legal"].astype(bool)
     first = noise.groupby(["how", "step"])["later"].transform("min")
-    moments = {"right after": noise[noise["later"] == first], "at the last step": noise[noise["later"] == noise["later"].max()]}
+    moments = {"right after": noise["later"] == first, "at the last step": noise["later"] == noise["later"].max()}
+    tasks = list(noise["task"].unique())
     rows: list[dict[str, Any]] = []
-    for moment, there in moments.items():
-        for (how, place, step, sigma), group in there.groupby(["how", "place", "step", "sigma"], sort=False):
-            for measure in ("dissimilarity", "distance"):
-                kept = group.dropna(subset=[measure])
-                found = auc_interval(kept[measure], kept["changed"] > 0, kept["cluster"])
-                numbers = {"mean": found.estimate, "low": found.low, "high": found.high, "clusters": found.clusters}
-                at = {"moment": moment, "how": how, "place": place, "step": step, "sigma": sigma}
-                rows.append({**at, "measure": measure, **numbers, "share": float(kept["changed"].mean())})
+    for told, which in ((ANOTHER, ~kept & legal), (LOST, ~kept & ~legal)):
+        for moment, then in moments.items():
+            there = noise.assign(told=which)[then & (kept | which)]
+            for (how, place, step, sigma), group in there.groupby(["how", "place", "step", "sigma"], sort=False):
+                at = dict(zip(AT, (told, moment, how, place, step, sigma), strict=True))
+                for measure in ("dissimilarity", "distance"):
+                    rows.append({**at, "measure": measure, **within_tasks(group.dropna(subset=[measure]), measure, tasks)})
     # Where no unedited run shows an answer, there is nothing to tell.
     return pd.DataFrame(rows, columns=PREDICTED)
+
+
+def within_tasks(runs: pd.DataFrame, measure: str, tasks: list[str]) -> dict[str, Any]:
+    """The area under the ROC curve of each task, averaged; nan where one has too few runs of a kind."""
+    parts = [runs[runs["task"] == task] for task in tasks]
+    sizes = [((~part["told"]).sum(), part["told"].sum()) for part in parts]
+    counts = ", ".join(f"{task} {kept} and {told}" for task, (kept, told) in zip(tasks, sizes, strict=True))
+    behind = {"clusters": runs["cluster"].nunique(), "positives": int(runs["told"].sum()), "counts": counts}
+    if min(min(pair) for pair in sizes) < FEWEST:
+        return {"mean": np.nan, "low": np.nan, "high": np.nan, **behind}
+    # Samples of different tasks are drawn independently.
+    areas = [macro_auc_resampled(part[[measure]], part[["told"]], part["cluster"], seed=seed) for seed, part in enumerate(parts)]
+    estimate, draws = float(np.mean([area.estimate for area in areas])), np.mean([area.draws for area in areas], axis=0)
+    found = Resampled(estimate, draws, sum(area.clusters for area in areas), len(runs)).interval()
+    return {"mean": found.estimate, "low": found.low, "high": found.high, **behind}
 
 
 def early(results: pd.DataFrame) -> pd.Series:
@@ -132,7 +157,9 @@ CLAIMS = (
             Criterion("success lost with early noise", QUARTER, partial(compared_with, "again", "right")),
             Criterion("answers changed, minus by another seed", QUARTER, partial(compared_with, "other seed", "changed")),
         ),
-        "two unedited runs with different seeds: trajectories that differ while answers are right are reseeding, not damage",
+        "two unedited runs with different seeds: trajectories that differ while answers are right are reseeding, not damage. A"
+        " changed answer is another legal one or a lost one: a table parts them, and gives all by task and without samples of one"
+        " legal answer",
     ),
 )
 

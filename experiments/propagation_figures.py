@@ -1,4 +1,7 @@
-"""What `propagation` shows: heat maps over injected and later steps, the sensitivity curve, and what distances tell."""
+"""What `propagation` shows: heat maps over injected and later steps, the sensitivity curve, and what distances tell.
+
+Tables are in `propagation_tables`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,21 @@ import pandas as pd
 
 from dit_lens import plots
 from dit_lens.experiment import Context
-from dit_lens.statistics import in_words, summarise
+from dit_lens.statistics import summarise
 from experiments.noised import STATES
 
 NULL = "another seed"
-SHADED = "Shaded: 95 % bootstrap intervals over samples, N of them in the corner."
+SHADED = (
+    "Shaded: 95 % bootstrap intervals over samples, N of them in the corner. A curve ends where its points have fewer than"
+    f" {plots.FEW:.0%} of the panel's largest N."
+)
 
 
-def draw(context: Context, results: pd.DataFrame, predictions: pd.DataFrame) -> None:
-    """All figures and tables."""
+def draw(context: Context, results: pd.DataFrame, predictions: pd.DataFrame, fewest: int) -> None:
+    """All figures. ``fewest``: how many runs of either kind are behind a prediction, at least."""
     maps(context, results)
     curves(context, results)
-    told(context, predictions)
-    numbers(context, results)
+    told(context, predictions, fewest)
 
 
 def maps(context: Context, results: pd.DataFrame) -> None:
@@ -33,10 +38,10 @@ def maps(context: Context, results: pd.DataFrame) -> None:
     later = [f"{step}\n{sigma:.2f}" for step, sigma in zip(rows["later"], rows["later_sigma"], strict=True)]
     rows = rows.assign(at=at, then=later).sort_values("later", kind="stable")
     about = (
-        f"CKA dissimilarity from the unedited run, mean over {rows['cluster'].nunique()} samples; below, the width of its 95 %"
-        " bootstrap interval over samples. Rows: the step that gets noise, and its \u03c3; the top row is an unedited run with"
-        " another seed (the null). Columns: the step at which the two are compared, and its \u03c3. Another run of the same seed"
-        f" differs by at most {results[results['kind'] == 'again']['dissimilarity'].max():.1g}."
+        f"CKA dissimilarity from the unedited run, mean over {rows['cluster'].nunique()} samples; below, on a scale of its own,"
+        " the width of its 95 % bootstrap interval over samples. Rows: the step that gets noise, and its \u03c3; the top row is"
+        " an unedited run with another seed (the null). Columns: the step at which the two are compared, and its \u03c3. Another"
+        f" run of the same seed differs by at most {results[results['kind'] == 'again']['dissimilarity'].max():.1g}."
     )
     streams = rows["place"] != STATES
     shown = {"x0-hat": rows[~streams].assign(panel=rows["how"])}
@@ -60,6 +65,7 @@ def maps(context: Context, results: pd.DataFrame) -> None:
             limits=(0.0, max(0.1, float(means["mean"].max()))),
             spread="width",
             spread_label="width of its interval",
+            spread_limits=(0.0, float(means["width"].max()) or 1.0),
         )
         title = "in x0-hat" if name == "x0-hat" else f"in the streams after some blocks ({name.removeprefix('streams-')})"
         context.figure(name, figure, f"How far noise spreads, {title}", about)
@@ -68,28 +74,28 @@ def maps(context: Context, results: pd.DataFrame) -> None:
 def curves(context: Context, results: pd.DataFrame) -> None:
     """Sensitivity over sigma, beside what becomes of the answer."""
     noise, seeds = results[results["kind"] == "noise"], results[results["kind"] == "other seed"]
-    run = ["kind", "how", "task", "sample", "cluster", "place"]
     after = noise[noise["later"] > noise["step"]]
-    means = after.groupby([*run, "step", "sigma"])["dissimilarity"].mean().reset_index()
     ends = noise[noise["later"] == noise["later"].max()]
-    by = ["how", "place", "sigma"]
-    found = [summarise(means, "dissimilarity", by, "cluster").assign(measure="mean")]
-    found += [summarise(ends, "dissimilarity", by, "cluster").assign(measure="end")]
+    run = ["how", "task", "sample", "cluster", "place", "step", "sigma"]
+    means = after.groupby(run)[["dissimilarity", "seeds"]].mean().reset_index()
+    places = list(noise["place"].unique())
+    nulls = {f"{place}, {NULL}": place for place in places}
+    found = []
+    for measure, table in (("mean", means), ("end", ends)):
+        by = ["how", "place", "sigma"]
+        found.append(summarise(table, "dissimilarity", by, "cluster").assign(measure=measure))
+        # Over the steps that the curve itself is over, of the same samples.
+        null = summarise(table, "seeds", by, "cluster")
+        found.append(null.assign(measure=measure, place=null["place"] + f", {NULL}"))
     once = ends[ends["place"] == STATES].assign(
         lost=lambda table: table["clean_right"].astype(float) - table["right"].astype(float)
     )
     for name in ("lost", "changed", "rerouted"):
         found.append(summarise(once, name, ["how", "sigma"], "cluster").assign(measure=name, place="outcome"))
-    null_means = seeds.groupby(run)["dissimilarity"].mean().reset_index()
     final = seeds[(seeds["later"] == seeds["later"].max()) & (seeds["place"] == STATES)]
     level = [summarise(final, name, ["kind"], "cluster").assign(measure=name, series=NULL) for name in ("changed", "rerouted")]
-    for place in (STATES, noise["place"].iloc[-1]):
-        last = seeds[(seeds["later"] == seeds["later"].max()) & (seeds["place"] == place)]
-        for measure, table in (("mean", null_means[null_means["place"] == place]), ("end", last)):
-            found_there = summarise(table, "dissimilarity", ["kind"], "cluster")
-            level.append(found_there.assign(measure=measure, series=f"{NULL}, {place}"))
-    levels = pd.concat([each for each in level if len(each)], ignore_index=True)
-    columns = pd.DataFrame({"how": noise["how"].unique()})
+    # Of samples that show no answer there is none.
+    there, columns = [each for each in level if len(each)], pd.DataFrame({"how": noise["how"].unique()})
     figure = plots.curve_grid(
         pd.concat([each for each in found if len(each)], ignore_index=True).rename(columns={"place": "series"}),
         x="sigma",
@@ -104,55 +110,45 @@ def curves(context: Context, results: pd.DataFrame) -> None:
             "changed": "answer no longer\nthe unedited one",
             "rerouted": "another answer,\nwhere both are right",
         },
-        levels=levels.merge(columns, how="cross"),
+        dashed=nulls,
+        levels=pd.concat(there, ignore_index=True).merge(columns, how="cross") if there else None,
         noise_axis=True,
     )
-    about = "Sensitivity: the mean of the dissimilarity over the compared steps after the one that gets noise. Tasks together."
+    about = (
+        "Sensitivity: the mean of the dissimilarity over the compared steps after the one that gets noise. Dashed: the same mean,"
+        " over the same steps, of an unedited run with another seed. Tasks together; the tables have them apart."
+    )
     context.figure("sensitivity", figure, "Sensitivity to noise at a step, and what becomes of the answer", f"{about} {SHADED}")
 
 
-def told(context: Context, predictions: pd.DataFrame) -> None:
+def told(context: Context, predictions: pd.DataFrame, fewest: int) -> None:
     """The area under the ROC curve of CKA and of L2, by injected step."""
     names = {"dissimilarity": "CKA dissimilarity", "distance": "L2 distance (control)"}
     defined = predictions.dropna(subset=["mean"])
-    about = (
-        "Area under the ROC curve with which the distance from the unedited run tells runs that no longer show its answer, among"
-        " runs with noise at the same step; 0.5 is chance. Undefined where all answers or none are the unedited ones. Right"
-        " after: at the first compared step from the noise on."
-    )
     if defined.empty:
-        return context.table("What distances tell of the answer", pd.DataFrame({"areas": ["none is defined"]}), about)
+        return
     series = defined["place"] + ", " + defined["measure"].map(names)
-    shown = defined[defined["place"].isin([STATES, defined["place"].iloc[-1]])].assign(series=series)
+    row = defined["told"] + ",\n" + defined["moment"]
+    shown = defined[defined["place"].isin([STATES, defined["place"].iloc[-1]])].assign(series=series, row=row)
+    rows = list(shown["row"].unique())
     figure = plots.curve_grid(
         shown,
         x="sigma",
         x_label="\u03c3 of the step that gets noise (the first step on the left)",
-        row="moment",
+        row="row",
         column="how",
         series="series",
         controls=[name for name in shown["series"].unique() if "control" in name],
-        row_labels={moment: f"ROC AUC,\n{moment}" for moment in shown["moment"].unique()},
-        limits=dict.fromkeys(shown["moment"].unique(), (0.0, 1.03)),
-        lines_at=dict.fromkeys(shown["moment"].unique(), 0.5),
+        row_labels={row: f"ROC AUC:\n{row}" for row in rows},
+        limits=dict.fromkeys(rows, (0.0, 1.03)),
+        lines_at=dict.fromkeys(rows, 0.5),
         noise_axis=True,
     )
-    return context.figure("prediction", figure, "Whether the distance tells a changed answer", f"{about} {SHADED}")
-
-
-def numbers(context: Context, results: pd.DataFrame) -> None:
-    """Final dissimilarity and outcomes, by kind of noise and step."""
-    ends = results[(results["later"] == results["later"].max()) & (results["place"] == STATES)]
-    ends = ends.assign(name=[_name(*row) for row in ends[["kind", "how", "step", "sigma"]].itertuples(index=False)])
-    columns = {"dissimilarity": "CKA dissimilarity", "distance": "L2 distance", "right": "right", "same": "same answer"}
-    table = {"run": list(ends["name"].unique())}
-    for column, title in columns.items():
-        kept = ends.dropna(subset=[column]).astype({column: float if column in ("dissimilarity", "distance") else bool})
-        found = summarise(kept, column, ["name"], "cluster").set_index("name")
-        table[title] = [in_words(found.loc[[name]], 3) if name in found.index else "-" for name in table["run"]]
-    about = "x0-hat at the last step against that of the unedited run; 95 % bootstrap intervals over samples. Tasks together."
-    context.table("At the end of the run", pd.DataFrame(table), about)
-
-
-def _name(kind: str, how: str, step: float, sigma: float) -> str:
-    return f"{how}, step {step:.0f} (\u03c3 {sigma:.2f})" if kind == "noise" else {"again": "the same seed again"}.get(kind, NULL)
+    about = (
+        "Area under the ROC curve with which the distance from the unedited run tells runs that show another legal answer, or"
+        " that have lost theirs, from runs that have kept it, among runs with noise at the same step and samples with several"
+        " legal answers; within each task, then the mean over tasks. 0.5 is chance. A point needs"
+        f" {fewest} runs of either kind in every task; the table has the counts. Right after: at the first compared step from the"
+        " noise on. At the last step there is little left to tell: the answer is read from the video that x0-hat is there."
+    )
+    context.figure("prediction", figure, "Whether the distance tells a changed answer", f"{about} {SHADED}")

@@ -99,7 +99,8 @@ experiments.noised experiments.noise_claims experiments.swapping experiments.mer
 experiments.energy_figures experiments.layer_figures experiments.noise_figures experiments.propagation_figures
     experiments.layer_swap_figures experiments.layer_swap_claims experiments.ensemble_figures experiments.ensemble_claims
     experiments.step_lens_claims experiments.step_lens_figures experiments.decision_time_claims
-experiments.decision_time_figures experiments.specialization_claims
+experiments.decision_time_figures experiments.specialization_claims experiments.noise_tables
+experiments.propagation_tables
 experiments.benchmark_patching experiments.benchmark_probes experiments.held_out experiments.noise experiments.page
     experiments.probe_map experiments.propagation experiments.step_lens experiments.token_energy experiments.layer_swap
     experiments.ensemble experiments.decision_time experiments.layer_ablation experiments.specialization

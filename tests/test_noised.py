@@ -70,9 +70,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> noised.NoisedRuns:
     return made(tmp_path_factory.mktemp("out"))
 
 
-def made(out: Path) -> noised.NoisedRuns:
+def made(out: Path, name: str = "planted") -> noised.NoisedRuns:
     lens = dl.wrap(tiny_pipeline(experts=2), engine="hooks")
-    return noised.NoisedRuns(Context(lens, SETTINGS, out / "planted", "planted", "mark", SMALL))
+    return noised.NoisedRuns(Context(lens, SETTINGS, out / name, name, "mark", SMALL))
 
 
 def test_samples_are_cut_into_groups_of_a_call(runs: noised.NoisedRuns) -> None:
@@ -126,9 +126,10 @@ def test_runs_are_those_of_the_lens(runs: noised.NoisedRuns) -> None:
 
 def test_nothing_is_done_twice(runs: noised.NoisedRuns) -> None:
     before = [part.table for _, part in runs.at_steps()]
-    again = made(runs.context.folder.parent)
+    again = made(runs.context.folder.parent, "another")
     again.reference = lambda group: pytest.fail("nothing is to be run")
     after = [part.table for _, part in again.at_steps()]
     assert again.context.counts["units"] == again.context.counts["reused"] > 0
+    assert runs.context.seconds > again.context.seconds == 0, "shared units are the time of the experiment that made them"
     for one, other in zip(before, after, strict=True):
         assert one.equals(other)

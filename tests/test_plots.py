@@ -77,6 +77,16 @@ def test_a_single_point_of_a_control_can_be_seen(curves: pd.DataFrame) -> None:
     assert [[float(y) for _, y in ends] for ends in line.get_segments()] == [[0.4, 0.6]]
 
 
+def test_a_dashed_series_has_the_colour_of_its_partner() -> None:
+    ends = {"mean": 1.0, "low": 0.9, "high": 1.1, "clusters": 2, "r": "r", "c": "c"}
+    table = pd.DataFrame([{**ends, "x": x, "s": name} for name in ("noise", "null", "twin") for x in (0, 1)])
+    dashed = {"null": "noise", "twin": "twin"}
+    figure = plots.curve_grid(table, x="x", x_label="x", row="r", column="c", series="s", row_labels={"r": "v"}, dashed=dashed)
+    noise, null, twin = drawn(figure).axes[0].get_lines()
+    assert null.get_color() == noise.get_color() != twin.get_color()
+    assert [line.get_linestyle() for line in (noise, null, twin)] == ["-", "--", "--"]
+
+
 def test_whole_number_axes_have_whole_number_ticks() -> None:
     table = pd.DataFrame({"block": [0, 1, 2], "mean": 1.0, "low": 0.9, "high": 1.1, "clusters": 2, "r": "r", "c": "c", "s": "s"})
     figure = plots.curve_grid(table, x="block", x_label="block", row="r", column="c", series="s", row_labels={"r": "value"})
@@ -122,13 +132,14 @@ def test_heat_maps_place_every_cell() -> None:
     )
     figure = plots.heat_maps(
         table, panel="target", x="step", y="block", value="auc", x_label="step", y_label="block", value_label="AUC",
-        limits=(0.5, 1.0), titles={"wall": "wall\nplace only: 0.60"},
+        limits=(0.5, 1.0), titles={"wall": "wall\nplace only: 0.60"}, spread="auc", spread_limits=(0.5, 0.9),
     )  # fmt: skip
     drawn(figure)
     assert image(figure.axes[0]).shape == (3, 2)
     assert np.allclose(image(figure.axes[0])[2], 0.7)
     assert figure.axes[0].get_title() == "wall\nplace only: 0.60"
     assert {text.get_text() for text in figure.axes[1].texts} == {".50", ".60", ".70"}
+    assert [axis.get_images()[0].get_clim() for axis in figure.axes[::2][:2]] == [(0.5, 1.0), (0.5, 0.9)]
 
 
 def test_film_shows_each_picture_in_its_place() -> None:
