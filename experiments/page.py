@@ -81,7 +81,7 @@ def section(manifest: dict[str, Any]) -> str:
     name = manifest["experiment"]
     made = (
         f"{manifest['source']}. Preset {manifest['preset']}, {manifest['started'][:10]}, {manifest['device']['name']},"
-        f" {duration(manifest['compute_seconds'])}; model {manifest['model']['hash'][:12]}; {manifest['rows']} rows in"
+        f" {took(manifest)}; model {manifest['model']['hash'][:12]}; {manifest['rows']} rows in"
         f" [results.parquet]({name}/results.parquet)."
     )
     parts = [f"## {name}", f"**{manifest['question']}**", made]
@@ -91,6 +91,13 @@ def section(manifest: dict[str, Any]) -> str:
     if rest:
         parts.append("More: " + ", ".join(rest) + ".")
     return "\n\n".join(parts)
+
+
+def took(manifest: dict[str, Any]) -> str:
+    """How long it computed, and how much it took up that another experiment or an earlier start had made."""
+    units = manifest["units"]
+    taken = f", {units['reused']} of {units['units']} units taken up" if units["reused"] else ""
+    return "everything taken up" if units["reused"] == units["units"] > 0 else duration(manifest["compute_seconds"]) + taken
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A second reasoner, that differs in its seed: which verdicts does it share? `python -m experiments.second OUT --model FOLDER`
-takes its finished experiments from OUT and how it was made from its folder, and writes `figures/second-reasoner/`.
+"""A second reasoner, that differs in its seed: which verdicts does it share? `python -m experiments.second OUT` takes its
+finished experiments from OUT and writes them to `figures/second-reasoner/`, beside its weights.
 
 One trained model is one draw: intervals over samples say nothing of what another seed of the same training would have given. The
-second reasoner has other first weights, another order of the same training puzzles, other noise; the VAE is the same. Its weights
-are not shipped; manifests, training and accuracy are.
+second reasoner has other first weights, another order of the same training puzzles, other noise; the VAE is the same. It is
+no part of the installed package; `--model figures/second-reasoner/weights` runs anything on it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,16 @@ from dit_lens.files import write_bytes, write_text
 from dit_lens.plots import COLOURS, LOOK
 from dit_lens.report import duration
 
-NAME = "second-reasoner"
+NAME, WEIGHTS = "second-reasoner", "weights"
 PICTURE, PICTURE_TITLE = "criteria.png", "Every criterion, on two reasoners"
 OPPOSITE = {"holds", "fails"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the second reasoner's results are."""
+    """Where the second reasoner's results are, and the folder of figures with its weights."""
 
     out: tyro.conf.Positional[Path]
-    model: Path
-    """Its folder, with `training.json` and `held_out.json`."""
     to: Path = Path(__file__).parent.parent / "figures"
 
 
@@ -59,10 +57,12 @@ class Second:
 def read(folder: Path) -> Second | None:
     """What `main` wrote into a folder of figures; None where it did not."""
     home = folder / NAME
-    if not (home / "training.json").is_file():
+    if not (home / WEIGHTS).is_dir():
         return None
     manifests = [manifest for each in sorted(home.iterdir()) if each.is_dir() and (manifest := read_manifest(each))]
-    training, held_out = (json.loads((home / f"{name}.json").read_text(encoding="utf-8")) for name in ("training", "held_out"))
+    training, held_out = (
+        json.loads((home / WEIGHTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("training", "held_out")
+    )
     return Second(sorted(manifests, key=lambda manifest: manifest["source"]), training, held_out)
 
 
@@ -120,10 +120,10 @@ def section(first: Sequence[dict[str, Any]], held_out: dict[str, Any], second: S
     )
     made = (
         "A second reasoner was trained with another seed (first weights, order of the puzzles, noise; the VAE is the bundled"
-        f" one): {trained}. It is not shipped. Every experiment with a manifest in [{NAME}]({NAME}) was run on it with the same"
-        f" full preset: the verdicts agree in **{same} of {len(pairs)} claims**, and {against} are contrary (supported by one,"
-        f" refuted by the other). Of {len(table)} criteria, {agree} come out alike and {opposite} opposite (one holds, the"
-        " other fails)."
+        f" one): {trained}. Its weights are in [{NAME}/{WEIGHTS}]({NAME}/{WEIGHTS}). Every experiment with a manifest in"
+        f" [{NAME}]({NAME}) was run on it with the same full preset: the verdicts agree in **{same} of {len(pairs)} claims**, and"
+        f" {against} are contrary (supported by one, refuted by the other). Of {len(table)} criteria, {agree} come out alike and"
+        f" {opposite} opposite (one holds, the other fails)."
     )
     accuracy = ["| held-out accuracy | bundled | second |", "| --- | --- | --- |"]
     for task, found in second.held_out["tasks"].items():
@@ -149,18 +149,17 @@ def _share(found: dict[str, Any]) -> str:
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
+    home = settings.to / NAME
     finished = [folder for folder in sorted(settings.out.glob("*")) if read_manifest(folder)]
     if not finished:
         raise InputError(
-            f"no finished experiment in {settings.out}: run dit-lens reproduce --preset full --model {settings.model}"
+            f"no finished experiment in {settings.out}: run dit-lens reproduce --preset full --model {home / WEIGHTS}"
         )
-    home = settings.to / NAME
     for folder in finished:
         write_text(home / folder.name / "manifest.json", (folder / "manifest.json").read_text(encoding="utf-8"))
-    for name in ("training.json", "held_out.json"):
-        write_text(home / name, (settings.model / name).read_text(encoding="utf-8"))
     found, first = read(settings.to), json.loads((Path(__file__).parent / COMMITTED).read_text(encoding="utf-8"))
-    assert found is not None  # it was just written
+    if found is None:
+        raise InputError(f"there is no {home / WEIGHTS}: it holds the second reasoner, with training.json and held_out.json")
     picture = io.BytesIO()
     forest(criteria(first, found.verdicts)).savefig(picture, format="png", dpi=DPI, metadata={"Title": PICTURE_TITLE})
     write_bytes(home / PICTURE, picture.getvalue())

@@ -92,3 +92,9 @@ def test_criteria_are_paired_by_their_names() -> None:
     assert table["first_low"].item() == pytest.approx(0.1)
     figure = second.forest(table)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "C1: share > 0.5"
+
+
+def test_the_readme_says_how_far_the_second_reasoner_agrees() -> None:
+    said = [re.findall(r"(\d+ of \d+ claims)", (ROOT / name).read_text()) for name in ("README.md", "figures/README.md")]
+    assert said[0] == said[1]
+    assert len(said[0]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -132,9 +133,9 @@ class PermanenceTask(Task):
         went by the named side, and is back in its place with everything else as it was."""
         puzzle: Scene = sample.puzzle
         moved = puzzle.things[0]
-        true = self.draw(puzzle, self.solve(puzzle)[0], len(boards))
-        middle = len(boards) // 2
-        side = self._side(boards[: middle + 1], puzzle)
+        ways = self._ways(puzzle, len(boards))
+        true, middle = ways[puzzle.side], len(boards) // 2
+        side = _side(boards[: middle + 1], ways)
         back = _find(boards[-1], moved)
         if back is None:
             return Score(False, None, None, "the object is not there at the end")
@@ -149,14 +150,11 @@ class PermanenceTask(Task):
             return Score(False, did, None, "another object changed")
         return Score(True, did, 0)
 
-    def _side(self, boards: UInt8[np.ndarray, "frames 16 16"], puzzle: Scene) -> str | None:
-        """The side whose first half of a video is nearest to what is seen; None if nothing happening is nearer still."""
+    @lru_cache(maxsize=512)  # noqa: B019 - there is one object of each task
+    def _ways(self, puzzle: Scene, frames: int) -> dict[str, UInt8[np.ndarray, "frames 16 16"]]:
+        """The video in which the object leaves by each side and comes back."""
         home = puzzle.things[0]
-        length = 2 * len(boards) - 1
-        seen = {side: self.draw(puzzle, (side, home.row, home.column), length)[: len(boards)] for side in SIDES}
-        wrong = {side: int((boards != expected).sum()) for side, expected in seen.items()}
-        best = min(wrong, key=lambda side: wrong[side])
-        return best if wrong[best] < (boards != seen[best][0]).sum() else None
+        return {side: self.draw(puzzle, (side, home.row, home.column), frames) for side in SIDES}
 
 
 def _put(picture: UInt8[np.ndarray, "16 16"], thing: Thing) -> None:
@@ -224,3 +222,10 @@ def _mirrored_side(side: str, rows: bool, columns: bool) -> str:
     vertical = {"top": "bottom", "bottom": "top"} if rows else {}
     horizontal = {"left": "right", "right": "left"} if columns else {}
     return {**vertical, **horizontal}.get(side, side)
+
+
+def _side(boards: UInt8[np.ndarray, "half 16 16"], ways: dict[str, UInt8[np.ndarray, "frames 16 16"]]) -> str | None:
+    """The side whose first half of a video is nearest to what is seen; None if nothing happening is nearer still."""
+    wrong = {side: int((boards != way[: len(boards)]).sum()) for side, way in ways.items()}
+    best = min(wrong, key=lambda side: wrong[side])
+    return best if wrong[best] < (boards != ways[best][0]).sum() else None
