@@ -96,9 +96,8 @@ def forest(table: pd.DataFrame) -> Figure:
             axis.axhline(place - 0.5, color="#bbbbbb", linewidth=0.6)
         axis.set_yticks(range(len(table)), [f"{row.claim}: {row.criterion}" for row in table.itertuples()], fontsize=7)
         axis.set_ylim(len(table) - 0.5, -0.5)
-        axis.set_xlabel(
-            f"estimate minus threshold, in the criterion's own unit; bars: intervals at {LEVEL:.4%}, clustered by sample"
-        )
+        axis.set_xlabel("estimate minus threshold, in the criterion's own unit")
+        figure.suptitle(f"Bars: intervals at {LEVEL:.4%}, clustered by sample", x=0.02, ha="left", fontsize=9)
         axis.grid(visible=False, axis="y")
         figure.legend(loc="outside upper right", ncols=2)
     return figure
