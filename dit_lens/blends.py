@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 
 from dit_lens.reasoner import board
 
-CLIPS = 32
+CLIPS = 128
 """Clips that are drawn and encoded at a time."""
 SUM = 1e4
 """How much the weights' sum counts against the fit, which makes it 1 to about eight digits."""

@@ -92,12 +92,14 @@ def branch_table(
     count: int,
     way: str,
     inputs: dict[str, Any],
+    blends: Blends,
     guided: bool = True,
 ) -> pd.DataFrame:
     """What the endings of a run's rows do, beside what x0-hat holds at the step: one row of a table for each.
 
     Args:
         samples: of one task, one for every row of the run, which ran with `inputs`. clock: of the step, as `Context.clock`.
+        blends: reads the latents; one for all tables of the same samples, so that their answers are encoded once.
 
     Returns:
         A table with the columns of `endings_table`; ``way`` and ``branch`` say how they were made, and ``changed`` is the
@@ -107,16 +109,16 @@ def branch_table(
     given = inputs if guided else {**inputs, **UNGUIDED}
     names = [sample.index for sample in samples]
     found = branches(lens, run, clock["step"], count, way, names=names, **given)
-    table = endings_table(lens, samples, run.x0_hat(clock["step"], branch), found, run)
+    table = endings_table(lens, samples, run.x0_hat(clock["step"], branch), found, run, blends)
     return table.assign(seed=list(run.seeds), **clock, way=way, branch=branch)
 
 
-def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run, own: Run) -> pd.DataFrame:
+def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run, own: Run, blends: Blends) -> pd.DataFrame:
     """x0-hat against endings, by what they hold of each legal answer: one row for every sample.
 
     Args:
         samples: of one task. hats: an x0-hat of each, in latents. endings: a run with as many rows for each of them. own: the
-            run that these leave, one row for each. Both with videos.
+            run that these leave, one row for each. Both with videos. blends: reads the latents.
 
     Columns: ``held_0``, ``held_1``, ... how x0-hat is shared among the answers, in latents (`dit_lens.blends`), and ``end_0``,
     ... the mean of the endings' shares; ``held_differ`` and ``differ``, the chance that two draws from the one, or two endings,
@@ -137,7 +139,7 @@ def endings_table(lens: Any, samples: Sequence[Any], hats: Tensor, endings: Run,
         rows = [sample for sample in samples for _ in range(repeats)]
         return task.evidence(metrics.resized(video, *size).numpy(), rows)
 
-    blends, final = Blends(lens, endings.video), endings.latents[-1].unflatten(0, (-1, count))
+    final = endings.latents[-1].unflatten(0, (-1, count))
     ends, mixed = evidence(endings.video, count), final.mean(dim=1)
     held, held_mixed = (blends.held(latents, samples) for latents in (hats, mixed))
     seen, seen_mixed = (evidence(lens.decode(latents)) for latents in (hats, mixed))

@@ -13,6 +13,8 @@ from dit_lens.taps import to_host
 
 DECODED_LATENTS = 2**18
 """How many latent positions (rows x frames x height x width) an accelerator decodes at a time."""
+ENCODED_PIXELS = 2**23
+"""How many pixels (rows x frames x height x width) an accelerator encodes at a time."""
 
 
 def decode(
@@ -39,7 +41,7 @@ def decode(
 
 
 def encode(
-    pipe: Any, video: Float[Tensor, "batch frames height width 3"], rows: int = 8
+    pipe: Any, video: Float[Tensor, "batch frames height width 3"]
 ) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]:
     """Videos in [0, 1] as latents, scaled as the denoiser sees them: the most likely ones, on the CPU; as `Lens.encode`.
 
@@ -47,6 +49,7 @@ def encode(
         InputError: as of `decode`.
     """
     mean, std = _scale(pipe)
+    rows = 8 if mean.device.type == "cpu" else max(1, ENCODED_PIXELS // video[0, ..., 0].numel())
     found = []
     with torch.no_grad():
         for chunk in video.split(rows):

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 
 from dit_lens import reasoner
+from dit_lens.blends import Blends
 from dit_lens.branching import branch_table
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context, Experiment, Part
@@ -64,10 +65,12 @@ def leave(context: Context, samples: Sequence[Any]) -> Part:
     """Endings of the first seed's runs: a row per sample, step and way."""
     settings, inputs = context.settings, context.inputs(samples)
     run = context.clean(samples, [0], settings.batch)
+    assert run.video is not None  # clean runs have one
+    blends = Blends(context.lens, run.video)
     return Part(
         pd.concat(
             [
-                branch_table(context.lens, samples, run, clock, settings.endings, way, inputs)
+                branch_table(context.lens, samples, run, clock, settings.endings, way, inputs, blends)
                 for clock in clock_at(context, inputs, settings.leave)
                 for way in WAYS
                 if clock["step"] < run.steps - 1

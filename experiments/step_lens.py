@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from dit_lens import reasoner
+from dit_lens.blends import Blends
 from dit_lens.branching import branch_table, endings_table, with_distances
 from dit_lens.errors import InputError
 from dit_lens.experiment import Context, Experiment, Part
@@ -86,11 +87,13 @@ def leave(context: Context, samples: Sequence[Any]) -> Part:
     settings, inputs, lens = context.settings, context.inputs(samples), context.lens
     own = context.clean(samples, [0], settings.batch)
     seeds = context.clean(samples, range(settings.finals), settings.batch)
-    first = endings_table(lens, samples, own.x0_hat(0), seeds, own)
+    assert own.video is not None  # clean runs have one
+    blends = Blends(lens, own.video)
+    first = endings_table(lens, samples, own.x0_hat(0), seeds, own, blends)
     tables = [first.assign(seed=0, **context.clock(inputs)[0], way=SEEDS, branch="guided")]
     for clock in clock_at(context, inputs, settings.leave):
         for way, branch in map(str.split, settings.ways):
-            tables.append(branch_table(lens, samples, own, clock, settings.endings, way, inputs, branch == "guided"))
+            tables.append(branch_table(lens, samples, own, clock, settings.endings, way, inputs, blends, branch == "guided"))
     return Part(pd.concat(tables, ignore_index=True))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import dit_lens as dl
 from dit_lens import metrics, reasoner
 from dit_lens.architectures import Layout
+from dit_lens.blends import Blends
 from dit_lens.branching import UNGUIDED, branches, endings_table, with_distances
 from dit_lens.errors import InputError
 from dit_lens.latent_edits import Passage, ReplaceLatents
@@ -210,7 +211,10 @@ def test_endings_beside_what_x0_hat_shows() -> None:
     def table(hats: Tensor, *endings: Tensor) -> pd.DataFrame:
         """Endings of each sample, with videos in the place of latents."""
         lens = SimpleNamespace(decode=as_video, encode=as_latents)
-        return endings_table(lens, samples, as_latents(hats), as_run(torch.stack(endings, dim=1).flatten(0, 1)), as_run(one))
+        blends = Blends(lens, one)
+        return endings_table(
+            lens, samples, as_latents(hats), as_run(torch.stack(endings, dim=1).flatten(0, 1)), as_run(one), blends
+        )
 
     live = table(even, one, other, one, other)
     assert live[["held_0", "held_1", "end_0", "end_1", "blend_true", "blend_held"]].to_numpy() == pytest.approx(
