@@ -37,6 +37,8 @@ MINIMUM = 100
 """Samples behind every criterion of a verdict."""
 
 Outcome = Literal["holds", "fails", "open"]
+MARKS: dict[Outcome, str] = {"holds": "\u2713", "fails": "\u2717", "open": "?"}
+"""How tables mark what became of a criterion."""
 Word = Literal["supported", "refuted", "inconclusive", "not tested", "not testable"]
 COMMITTED = "verdicts.json"
 """In the folder of an experiment's code: the verdicts of its committed full run."""
@@ -173,10 +175,12 @@ def committed(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def as_table(verdicts: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Verdicts (as written in `claims.json`) as a table to be read: one row per claim."""
+    """Verdicts (as written in `claims.json`) as a table to be read: one row per claim, in ``numbers`` one line per criterion."""
     rows = []
     for one in verdicts:
-        numbers = "; ".join(_in_words(each) for each in one["found"])
+        # What rests on few samples neither holds nor fails.
+        told = one["verdict"] != "not tested"
+        numbers = "\n".join((f"{MARKS[each['outcome']]} " if told else "") + _in_words(each) for each in one["found"])
         before = one.get("committed")
         rows.append(
             {

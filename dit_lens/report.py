@@ -43,6 +43,8 @@ def write_report(out: Path) -> Path:
     page = environment.get_template("report.html.jinja").render(
         sections=sections,
         header=_header(sections),
+        # Films come first: what the model does is to be seen before it is measured.
+        films=[film for section in sections for film in section["films"]],
         verdicts=_verdicts(sections),
         family=FAMILY,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -48,7 +48,8 @@ def page(manifests: list[dict[str, Any]], verdicts: list[dict[str, Any]], other:
         "What the paper (arXiv 2603.16870) states, and what became of it **on this model**, a 14-block Wan-class DiT trained on"
         " seven kinds of puzzle. Tests and thresholds were written down before the first full run. Intervals are clustered by"
         f" sample, at {LEVEL:.4%} each, so that with up to {FAMILY} criteria in all the chance of any wrong one is at most 5 %. A"
-        " claim is supported when all its criteria hold and refuted when one fails; every verdict rests on 100 samples or more.",
+        " claim is supported when all its criteria hold (\u2713) and refuted when one fails (\u2717; ?: open); every"
+        " verdict rests on 100 samples or more.",
         verdict_rows(verdicts),
         other,
         "## The paper's figures and tables",
@@ -65,7 +66,7 @@ def verdict_rows(verdicts: list[dict[str, Any]]) -> str:
     lines = ["| claim | statement (source, grade) | verdict | measured | control |", "| --- | --- | --- | --- | --- |"]
     for row in as_table(verdicts).to_dict("records"):
         cells = (row["claim"], f"{row['statement']} ({row['source']})", f"**{row['verdict']}**", row["numbers"], row["control"])
-        lines.append("| " + " | ".join(str(text).replace("|", "\\|") for text in cells) + " |")
+        lines.append("| " + " | ".join(str(text).replace("|", "\\|").replace("\n", "<br>") for text in cells) + " |")
     return "\n".join(lines)
 
 

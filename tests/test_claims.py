@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,15 @@ def test_an_experiment_writes_its_verdicts(tmp_path: Path) -> None:
     assert written[0]["committed"] is None
     table = as_table(written)
     assert table["verdict"].tolist() == ["quick: not tested"]
-    assert "mean square > 1: 3.5 [" in table["numbers"][0]
+    assert table["numbers"][0].startswith("mean square > 1: 3.5 [")
+
+
+def test_a_table_marks_what_became_of_each_criterion() -> None:
+    sides = (("large", 1.0, True), ("small", 1.0, False), ("as large", 3.5, True))
+    criteria = tuple(Criterion(n, level, lambda table: mean(table["value"], table["sample"]), up) for n, level, up in sides)
+    results = pd.DataFrame({"sample": range(120), "value": np.tile([3.0, 4.0], 60)})
+    verdict = json.loads(json.dumps(asdict(judged(Claim("T", "s", "a test", "ours", criteria), results))))
+    assert [line[:8] for line in as_table([verdict])["numbers"][0].split("\n")] == ["\u2713 large ", "\u2717 small ", "? as lar"]
 
 
 def test_the_family_is_as_large_as_is_said() -> None:

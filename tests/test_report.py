@@ -68,6 +68,10 @@ def test_says_what_is_shown_and_how_it_was_made(page: Reader, part: str) -> None
     assert part in page.text
 
 
+def test_what_the_model_does_is_shown_before_what_was_measured(page: Reader) -> None:
+    assert page.text.index("A film") < page.text.index("What are the squares?")
+
+
 def test_has_contents_results_and_pictures(page: Reader) -> None:
     assert "#toy" in page.addresses
     assert sum(address.startswith("data:image/png") for address in page.addresses) == 1  # the film is a background
