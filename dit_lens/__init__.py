@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dit_lens import plants, reasoner
     from dit_lens.attribution import Attribution, attribute
     from dit_lens.bench import Outcome
+    from dit_lens.blends import Blends
     from dit_lens.branching import branches
     from dit_lens.plants import planted
     from dit_lens.sweeping import Sweep, sweep
@@ -61,6 +62,7 @@ LATER = {
     "sweep": "sweeping",
     "Attribution": "attribution",
     "attribute": "attribution",
+    "Blends": "blends",
     "branches": "branching",
 }
 """What brings the plots and scipy along, imported when it is asked for."""
@@ -72,6 +74,7 @@ __all__ = [
     "Architecture",
     "Attribution",
     "Average",
+    "Blends",
     "Cell",
     "DenoiserCall",
     "Direction",

@@ -187,21 +187,14 @@ def test_decision_time_reads_a_planted_decision(tmp_path: Path) -> None:
 MAP = probe_map.Settings(samples=10, batch=5, places=(0, 1), closer_samples=10, workers=1)
 
 
-@pytest.mark.parametrize(
-    ("module", "settings"),
-    [
-        (step_lens, step_lens.Settings(tasks=("tictactoe",), branched=1, places=(0, 1), leave=(0,))),
-        (decision_time, decision_time.Settings(tasks=("tictactoe",), places=(0, 1), leave=(0,))),
-        (probe_map, MAP),
-    ],
-)
-def test_runs_end_to_end_on_a_tiny_pipeline(module: Any, settings: Any, tmp_path: Path) -> None:
+def test_runs_end_to_end_with_nnsight_up_to_the_report(tmp_path: Path) -> None:
     lens, arguments = dl.wrap(tiny_pipeline(experts=2)), {"num_inference_steps": 3}
-    manifest = run_experiment(module.EXPERIMENT, lens, tmp_path, preset="quick", settings=settings, arguments=arguments)
-    results = pd.read_parquet(tmp_path / module.EXPERIMENT.name / "results.parquet")
-    assert {"step", "sigma", "timestep", "expert", "branch"} <= set(results.columns)
+    settings = step_lens.Settings(tasks=("tictactoe",), branched=1, places=(0, 1), leave=(0,))
+    one = step_lens.EXPERIMENT
+    manifest = run_experiment(one, lens, tmp_path, preset="quick", settings=settings, arguments=arguments)
+    assert {"step", "sigma", "timestep", "expert", "branch"} <= set(pd.read_parquet(tmp_path / one.name / "results.parquet"))
     assert [row["step"] for row in manifest["steps_measured"]] == [0, 2]
-    assert module.EXPERIMENT.title in write_report(tmp_path).read_text()
+    assert one.title in write_report(tmp_path).read_text()
 
 
 def test_a_probe_map_has_every_control_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

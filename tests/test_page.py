@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import dit_lens as dl
 from dit_lens.claims import COMMITTED
 from dit_lens.experiment import experiments, read_manifest
 from experiments import page, paper, second
@@ -83,6 +84,15 @@ def test_a_second_reasoner_is_set_beside_the_first(outcome: str, verdict: str, s
     for words in (*said, "7,000 steps of 512 clips in 11.0 minutes on 1 x GPU, loss 0.0151", "| C2 | refuted | not measured |"):
         assert words in written
     assert "| maze | 0.95 [0.9, 0.98] | 0.95 [0.9, 0.98] |" in written
+
+
+def test_the_second_reasoners_results_are_of_its_weights() -> None:
+    home = ROOT / "figures" / second.NAME
+    found = second.read(ROOT / "figures")
+    assert found is not None
+    assert {manifest["model"]["hash"] for manifest in found.manifests} == {dl.load(home / second.WEIGHTS).hash}
+    assert found.held_out["model"] in {manifest["model"]["hash"] for manifest in found.manifests}
+    assert {manifest["preset"] for manifest in found.manifests} == {"full"}
 
 
 def test_criteria_are_paired_by_their_names() -> None:
