@@ -122,7 +122,8 @@ def section(first: Sequence[dict[str, Any]], held_out: dict[str, Any], second: S
         f" one): {trained}. Its weights are in [{NAME}/{WEIGHTS}]({NAME}/{WEIGHTS}). Every experiment with a manifest in"
         f" [{NAME}]({NAME}) was run on it with the same full preset: the verdicts agree in **{same} of {len(pairs)} claims**, and"
         f" {against} are contrary (supported by one, refuted by the other). Of {len(table)} criteria, {agree} come out alike and"
-        f" {opposite} opposite (one holds, the other fails)."
+        f" {opposite} opposite (one holds, the other fails). What was changed in a claim after"
+        " the first full run on the bundled reasoner had not been tried on this one."
     )
     accuracy = ["| held-out accuracy | bundled | second |", "| --- | --- | --- |"]
     for task, found in second.held_out["tasks"].items():
