@@ -48,8 +48,8 @@ def page(manifests: list[dict[str, Any]], verdicts: list[dict[str, Any]], other:
         "What the paper (arXiv 2603.16870) states, and what became of it **on this model**, a 14-block Wan-class DiT trained on"
         " seven kinds of puzzle. Tests and thresholds were written down before the first full run; what was changed since, and"
         f" why, stands beside the source. Intervals are clustered by sample, at {LEVEL:.4%} each, so that with up to {FAMILY}"
-        " criteria in all the chance of any wrong one is at most 5 %. A claim is supported when all its criteria hold (\u2713) and"
-        " refuted when one fails (\u2717; ?: open); every verdict rests on 100 samples or more.",
+        " criteria in all the chance of any wrong one is at most 5 %. A claim is supported when all its criteria hold (\u2713)"
+        " and refuted when one fails (\u2717; ?: open); every verdict rests on 100 samples or more.",
         verdict_rows(verdicts),
         other,
         "## The paper's figures and tables",
