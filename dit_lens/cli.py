@@ -25,7 +25,7 @@ from dit_lens import files
 from dit_lens.claims import as_table
 from dit_lens.errors import InputError, listed
 from dit_lens.experiment import Experiment, experiments, read_manifest, run_experiment
-from dit_lens.report import duration, write_report
+from dit_lens.report import check_results, duration, write_report
 from dit_lens.side_by_side import Ended, Job, side_by_side
 
 ModelName = Annotated[str, tyro.conf.arg(help="reasoner (bundled), the folder of a pipeline, or a hub id")]
@@ -157,6 +157,7 @@ def reproduce(given: list[str]) -> int:
     settings = [experiment.preset(options.preset) for experiment in chosen]
     if options.jobs < 1:
         raise InputError(f"--jobs {options.jobs}: write 1 or more")
+    check_results(options.out, but=[experiment.name for experiment in chosen])
     if options.jobs > 1:
         return _run_side_by_side(chosen, options)
     _run([*zip(chosen, settings, strict=True)], options, ["reproduce", *given])

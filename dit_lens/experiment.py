@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -249,7 +250,9 @@ def run_experiment(
     fingerprint = provenance.fingerprint(
         lens, asdict(settings), arguments or {}, Path(inspect.getfile(inspect.unwrap(experiment.run)))
     )
-    before = read_manifest(folder)
+    before = None
+    with suppress(json.JSONDecodeError):  # one that is damaged is made again, as one that is missing
+        before = read_manifest(folder)
     spent = before["compute_seconds"] if before and before["fingerprint"] == fingerprint else None
     if spent is not None:
         tqdm.write(f"{experiment.name}: finished before with the same fingerprint {fingerprint}", file=sys.stderr)

@@ -6,6 +6,7 @@ The page is made from what lies in the folder and nothing else: manifests say ho
 
 import base64
 import json
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ def write_report(out: Path) -> Path:
     )
     files.write_text(out / NAME, page)
     return out / NAME
+
+
+def check_results(out: Path, but: Collection[str] = ()) -> None:
+    """InputError where a finished experiment in ``out`` cannot be read, so that no report can be written, except those named.
+
+    It is asked before long work begins, which would end without a report.
+    """
+    for folder in sorted(out.iterdir()) if out.is_dir() else ():
+        if folder.name not in but:
+            _section(folder)
 
 
 def duration(seconds: float) -> str:

@@ -156,6 +156,19 @@ def test_an_unwritable_folder_is_refused_before_the_model_is_loaded(
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_result_that_no_report_can_show_is_named_before_anything_is_run(
+    toy: Toy, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text("{")
+    assert "other is not a whole result" in refused(capsys, "reproduce", "--model", str(model), "--out", str(tmp_path))
+    assert toy.computed == []
+    # What is to be made again may be damaged.
+    other.rename(tmp_path / "toy")
+    assert cli.main(["reproduce", "--model", str(model), "--out", str(tmp_path)]) == 0
+
+
 def test_an_unknown_task_leaves_nothing_behind(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     said = refused(capsys, "run", "step-lens", "--model", str(model), "--out", str(out), "--tasks", "mazes")
