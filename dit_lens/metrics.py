@@ -132,10 +132,12 @@ def mask_fractions(mask: Bool[np.ndarray, "rows columns"], layout: tuple[int, in
 
 
 def region_share(
-    energy: Float[np.ndarray, "*batch frames height width"], fractions: Float[np.ndarray, "height width"]
-) -> Float[np.ndarray, "*batch"]:
-    """Share of all energy that lies in a region; a token counts by the fraction of it that the region covers."""
-    return np.asarray((energy * fractions).sum(axis=(-3, -2, -1)) / energy.sum(axis=(-3, -2, -1)))
+    energy: Float[np.ndarray, "... frames height width"], fractions: Float[np.ndarray, "... height width"]
+) -> Float[np.ndarray, "..."]:
+    """Share of all energy that lies in a region; a token counts by the fraction of it that the region covers. What stands before
+    the frames of the one and the rows of the other is broadcast."""
+    inside = (energy * fractions[..., None, :, :]).sum(axis=(-3, -2, -1))
+    return np.asarray(inside / energy.sum(axis=(-3, -2, -1)))
 
 
 def resized(

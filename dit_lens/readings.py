@@ -55,9 +55,8 @@ class Reader:
         """For each row its legal answers, and beside a single one a decoy, where there is one."""
         self._blends = Blends(lens, run.video)
         self._motion = metrics.motion_map(run.video)
-        did = self._task.evidence(metrics.resized(run.video, *self._size).numpy(), self.rows)
-        self._did = [_most(found) for found in did]
-        self._ends = board.read(metrics.resized(run.video, *self._size).numpy())
+        final = metrics.resized(run.video, *self._size).numpy()
+        self._did, self._ends = [_most(found) for found in self._task.evidence(final, self.rows)], board.read(final)
 
     def at(self, step: int, branch: str) -> tuple[pd.DataFrame, np.ndarray]:
         """The readings of a step, row by row, and the videos that were read: (rows, frames, height, width, 3) in [0, 1]."""

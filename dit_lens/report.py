@@ -72,6 +72,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def took(manifest: dict[str, Any]) -> str:
+    """How long an experiment computed, and how much it took up that another one or an earlier start had made."""
+    units = manifest["units"]
+    taken = f", {units['reused']} of {units['units']} units taken up" if units["reused"] else ""
+    return "everything taken up" if units["reused"] == units["units"] > 0 else duration(manifest["compute_seconds"]) + taken
+
+
 def cell(value: Any) -> str:
     """One cell of a table of numbers: three significant digits for fractions, a dash for nothing."""
     if value is None:

@@ -103,10 +103,8 @@ def preference(
     energy: Float[np.ndarray, "samples frames height width"], inside: Float[np.ndarray, "samples regions height width"]
 ) -> Float[np.ndarray, "samples regions"]:
     """Share of the energy inside a region over its share of the area; nan for a region that is not there."""
-    tokens = energy.sum(axis=1, dtype=np.float64)
     area = inside.mean(axis=(2, 3))
-    share = np.einsum("syx,sryx->sr", tokens, inside) / tokens.sum(axis=(1, 2))[:, None]
-    return share / np.where(area > 0, area, np.nan)
+    return metrics.region_share(energy[:, None].astype(np.float64), inside) / np.where(area > 0, area, np.nan)
 
 
 def localisation(

@@ -14,7 +14,7 @@ from dit_lens.claims import COMMITTED, FAMILY, LEVEL, as_table
 from dit_lens.experiment import read_manifest
 from dit_lens.files import write_text
 from dit_lens.reasoner import folder
-from dit_lens.report import duration
+from dit_lens.report import took
 from experiments import second
 from experiments.paper import ITEMS, Item
 
@@ -92,13 +92,6 @@ def section(manifest: dict[str, Any]) -> str:
     if rest:
         parts.append("More: " + ", ".join(rest) + ".")
     return "\n\n".join(parts)
-
-
-def took(manifest: dict[str, Any]) -> str:
-    """How long it computed, and how much it took up that another experiment or an earlier start had made."""
-    units = manifest["units"]
-    taken = f", {units['reused']} of {units['units']} units taken up" if units["reused"] else ""
-    return "everything taken up" if units["reused"] == units["units"] > 0 else duration(manifest["compute_seconds"]) + taken
 
 
 if __name__ == "__main__":

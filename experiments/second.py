@@ -25,7 +25,7 @@ from dit_lens.errors import InputError
 from dit_lens.experiment import DPI, read_manifest
 from dit_lens.files import write_bytes, write_text
 from dit_lens.plots import COLOURS, LOOK
-from dit_lens.report import duration
+from dit_lens.report import took
 
 NAME, WEIGHTS = "second-reasoner", "weights"
 PICTURE, PICTURE_TITLE = "criteria.png", "Every criterion, on two reasoners"
@@ -139,7 +139,7 @@ def section(first: Sequence[dict[str, Any]], held_out: dict[str, Any], second: S
         f"![{PICTURE_TITLE}]({NAME}/{PICTURE})\n\n*{PICTURE_TITLE}.* How far each lies from its"
         " threshold; whether it must lie above or below stands in its name."
     )
-    times = ", ".join(f"{manifest['experiment']} {duration(manifest['compute_seconds'])}" for manifest in second.manifests)
+    times = ", ".join(f"{manifest['experiment']} {took(manifest)}" for manifest in second.manifests)
     return "\n\n".join(["## A second reasoner", made, "\n".join(lines), picture, "\n".join(accuracy), f"Computed in: {times}."])
 
 

@@ -79,7 +79,13 @@ def test_a_second_reasoner_is_set_beside_the_first(outcome: str, verdict: str, s
     curve = [{"step": 7000, "loss": 0.0151, "rate": 0.0, "seconds": 660.0}]
     training = {"dit": {"settings": {"batch": 512}, "devices": "1 x GPU", "curve": curve}}
     held_out = {"tasks": {"maze": {"right": {"estimate": 0.95, "low": 0.9, "high": 0.98}}}}
-    manifest = {"experiment": "step-lens", "source": "Fig. 1", "compute_seconds": 61.0, "claims": reasoner(outcome, verdict)[:1]}
+    manifest = {
+        "experiment": "step-lens",
+        "source": "Fig. 1",
+        "compute_seconds": 61.0,
+        "units": {"units": 3, "reused": 0},
+        "claims": reasoner(outcome, verdict)[:1],
+    }
     written = second.section(reasoner("holds", "supported"), held_out, second.Second([manifest], training, held_out))
     for words in (*said, "7,000 steps of 512 clips in 11.0 minutes on 1 x GPU, loss 0.0151", "| C2 | refuted | not measured |"):
         assert words in written
