@@ -124,7 +124,7 @@ def encode_each_row_once(pipe: Any):
 
     def encoded_rows(x: Tensor, *args: Any, **kwargs: Any) -> Iterator[Any]:
         # A row counts as new where it differs from the one before it: rows come image by image.
-        new = [i for i in range(len(x)) if i == 0 or not torch.equal(x[i], x[i - 1])]
+        new = [0, *(1 + (x[1:] != x[:-1]).flatten(1).any(dim=1).nonzero().flatten()).tolist()]
         repeats = [b - a for a, b in itertools.pairwise([*new, len(x)])]
         size = 1 if x.device.type == "cpu" else max(1, ENCODED_PIXELS // x[0, 0].numel())
         for first in range(0, len(new), size):

@@ -272,7 +272,9 @@ def _run_side_by_side(chosen: list[Experiment], options: ReproduceOptions) -> in
                 tqdm.write(f"{one.job.name}: {duration(manifest['wall_seconds'])}, see {write_report(options.out)}")
             bar.update()
 
-        failed = side_by_side([job(experiment) for experiment in chosen], options.jobs, ended)
+        # The longest first, so that none is left to run alone at the end.
+        ordered = sorted(chosen, key=lambda experiment: -experiment.minutes)
+        failed = side_by_side([job(experiment) for experiment in ordered], options.jobs, ended)
     for one in failed:
         print(f"dit-lens: {one.job.name} ended with {one.code}: {one.last_line} (all it said: {one.job.log})", file=sys.stderr)
     manifests = (read_manifest(options.out / experiment.name) for experiment in chosen)

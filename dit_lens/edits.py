@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -289,8 +290,13 @@ class AddNoise(Edit):
         """The activation and the noise added, in float32 or better."""
         cell, exact = moment.cell, activation.to(_accurate(activation))
         place = (cell.expert, cell.step, cell.branch, cell.block, cell.site, cell.stream)
-        generators = [generator("noise", self.seed, row, *place) for row in moment.seeds]
-        noise = torch.stack([torch.randn(activation.shape[1:], generator=one) for one in generators]).to(exact)
+
+        def drawn(row: int) -> Tensor:
+            return torch.randn(activation.shape[1:], generator=generator("noise", self.seed, row, *place))
+
+        # A generator draws on one core; for many rows it takes longer than the block.
+        with ThreadPoolExecutor() as pool:
+            noise = torch.stack([*pool.map(drawn, moment.seeds)]).to(exact)
         lengths = (torch.linalg.vector_norm(tensor, dim=-1, keepdim=True) for tensor in (exact, noise))
         return (exact + self.dose * noise * torch.div(*lengths)).to(activation)
 
@@ -313,10 +319,13 @@ class Average(Edit):
 
     def apply(self, activation: Tensor, moment: Moment) -> Tensor:
         """The mean, taken in float32 or better, in the rows that get it."""
-        for prompt in dict.fromkeys(moment.prompts):
-            rows = [row for row, its in enumerate(moment.prompts) if its == prompt]
-            mean = activation[rows].mean(dim=0, dtype=_accurate(activation))
-            activation[rows if self.to == "all" else rows[self.to]] = mean.to(activation)
+        by_prompt: dict[int, list[int]] = {}
+        for row, prompt in enumerate(moment.prompts):
+            by_prompt.setdefault(prompt, []).append(row)
+        # Every prompt of a run has equally many seeds.
+        rows = torch.tensor(list(by_prompt.values()), device=activation.device)
+        mean = activation[rows].mean(dim=1, keepdim=True, dtype=_accurate(activation)).to(activation)
+        activation[rows if self.to == "all" else rows[:, [self.to]]] = mean
         return activation
 
 

@@ -51,7 +51,8 @@ CLOCK_COLUMNS = ["step", "sigma", "timestep", "expert"]
 class Experiment:
     """A protocol. ``presets`` maps a name to an instance of one frozen dataclass of settings; ``run`` takes a `Context` and
     returns the results, one row per measurement; ``claims`` are judged by these. ``after`` names experiments whose work it
-    takes up where they ran before it, into the same folder."""
+    takes up where they ran before it, into the same folder. ``minutes``: about what its full preset takes on a data-centre
+    GPU with others beside it."""
 
     name: str
     title: str
@@ -61,6 +62,7 @@ class Experiment:
     run: Callable[["Context"], pd.DataFrame]
     claims: Sequence[Claim] = ()
     after: Sequence[str] = ()
+    minutes: float = 1.0
 
     def preset(self, name: str) -> Any:
         """The settings of a preset. InputError where there is none of that name."""

@@ -29,7 +29,7 @@ THINNED = (
     *(f"{kind} update all" for kind in ("mean", "resample")),
     *(f"{kind} {site} all" for site in ("attn", "cross_attn", "mlp") for kind in ("zero", "noise")),
 )
-"""Cases that the full preset tries at every other block."""
+"""Cases that the full preset tries at every third block."""
 KEPT = 8
 """How many samples of a pool are drawn from where an activation is resampled."""
 

@@ -112,7 +112,7 @@ EXPERIMENT = Experiment(
         "full": Settings(
             tasks=("maze-loops", "tictactoe", "pattern"),
             samples=50,
-            batch=128,
+            batch=200,
             places=(0, 0.05, 0.1, 0.16, 0.21, 0.27, 0.32, 0.37, 0.42, 0.47, 0.53, 0.64, 0.79, 1),
             branched=50,
             endings=4,
@@ -121,4 +121,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
+    minutes=3,
 )

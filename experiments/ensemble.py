@@ -151,7 +151,7 @@ EXPERIMENT = Experiment(
             tasks=("maze-loops", "tictactoe", "pattern", "permanence"),
             few=("tictactoe", "pattern", "permanence"),
             samples=100,
-            counts=(2, 4, 6, 8),
+            counts=(2, 4, 8),
             sets=2,
             further=True,
             batch=300,
@@ -159,4 +159,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
+    minutes=7,
 )

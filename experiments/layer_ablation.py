@@ -15,7 +15,7 @@ Controls:
 A model with random weights is no control here: it solves nothing, so nothing can be damaged. Nor is one branch alone, which
 asks another question: guidance needs both. The full preset takes 8 steps, by which the grid of cases fits in minutes; what the
 clean runs keep with so few is in a table. Thinned there: all cases but a block left out for good and its noise are tried at
-every other block, from the first on. What the damage says of the paper's bands of layers is judged in `specialization`.
+every third block, from the first on. What the damage says of the paper's bands of layers is judged in `specialization`.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ OTHER_NOISE = 10_000
 
 @dataclass(frozen=True)
 class Settings:
-    """``cases`` are "kind site band", and the ``thinned`` ones are tried at every other block, from the first on; ``depths``
+    """``cases`` are "kind site band", and the ``thinned`` ones are tried at every third block, from the first on; ``depths``
     are places along the blocks (0 the first, 1 the last), all when there is none; ``pool`` further samples are what is put in
     place; ``steps`` of denoising; ``batch`` rows per pipeline call."""
 
@@ -95,7 +95,7 @@ class Ablations:
 
     def places(self, case: Case) -> list[int]:
         """The blocks at which a case is tried."""
-        return self.blocks[::2] if str(case) in self.settings.thinned else self.blocks
+        return self.blocks[::3] if str(case) in self.settings.thinned else self.blocks
 
     def measure(self, task: str, first: int, case: Case | None) -> Part:
         """One case on one batch, or other noise: a row for each sample, block and measure."""
@@ -154,4 +154,5 @@ EXPERIMENT = Experiment(
         ),
     },
     run=run,
+    minutes=6,
 )

@@ -140,9 +140,10 @@ EXPERIMENT = Experiment(
             variant_depths=(0.5, 1),
             places=(0, 0.1, 0.4),
             map_depths=(0, 0.5, 1),
-            batch=128,
+            batch=150,
         ),
     },
     run=run,
     claims=CLAIMS,
+    minutes=4,
 )

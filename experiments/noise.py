@@ -96,4 +96,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
+    minutes=7,
 )

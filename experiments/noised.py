@@ -51,7 +51,7 @@ class Settings:
 FULL: dict[str, Any] = {
     "tasks": ("maze", "maze-loops", "tictactoe"),
     "samples": 100,
-    "batch": 150,
+    "batch": 300,
     "places": tuple(np.linspace(0, 1, 20).tolist()),
     "later": (*np.linspace(0, 18 / 19, 10).tolist(), 1),
 }
@@ -112,7 +112,9 @@ class Reference:
     def some(self, activation: Tensor) -> Tensor:
         """Evenly spaced tokens of an activation, as (batch, tokens, channels)."""
         tokens = activation.flatten(1, 3)
-        places = torch.linspace(0, tokens.shape[1] - 1, min(tokens.shape[1], self.settings.tokens)).round().long()
+        if tokens.shape[1] <= self.settings.tokens:
+            return tokens
+        places = torch.linspace(0, tokens.shape[1] - 1, self.settings.tokens).round().long()
         return tokens[:, places.to(tokens.device)]
 
     def against(self, activation: Tensor, cell: dl.Cell) -> Tensor:

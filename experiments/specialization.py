@@ -151,4 +151,5 @@ EXPERIMENT = Experiment(
     run=run,
     claims=CLAIMS,
     after=("probe-map",),
+    minutes=3,
 )

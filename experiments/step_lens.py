@@ -138,7 +138,7 @@ EXPERIMENT = Experiment(
             tasks=reasoner.tasks(),
             several=100,
             single=50,
-            batch=128,
+            batch=300,
             places=(0, 0.05, 0.1, 0.16, 0.27, 0.5, 1),
             branches=("guided", "cond"),
             rarer=(0, 0.16),
@@ -151,4 +151,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
+    minutes=3,
 )
