@@ -48,7 +48,7 @@ reproduce: install
 
 # The committed results: full preset, meant for a GPU.
 figures: install
-	$(BIN)/dit-lens reproduce --preset full --out figures --jobs 2
+	$(BIN)/dit-lens reproduce --preset full --out figures --engine hooks --jobs 3
 	rm -rf figures/*/parts figures/report.html figures/logs figures/clean-runs figures/noised-runs
 
 # docs/tools.md: every tool on every planted model, ten to twenty minutes on one core; fails where the table does not hold.

@@ -185,7 +185,8 @@ def run(given: list[str]) -> int:
 def list_(given: list[str]) -> int:
     _arguments(given, "list")
     for name, experiment in experiments().items():
-        print(f"{name}\n  {experiment.question}\n  {experiment.source}\n  presets: {', '.join(experiment.presets)}")
+        presets = f"{', '.join(experiment.presets)} (full: about {experiment.minutes:g} min on a data-centre GPU)"
+        print(f"{name}\n  {experiment.question}\n  {experiment.source}\n  presets: {presets}")
     return 0
 
 

@@ -52,7 +52,7 @@ class Experiment:
     """A protocol. ``presets`` maps a name to an instance of one frozen dataclass of settings; ``run`` takes a `Context` and
     returns the results, one row per measurement; ``claims`` are judged by these. ``after`` names experiments whose work it
     takes up where they ran before it, into the same folder. ``minutes``: about what its full preset takes on a data-centre
-    GPU with others beside it."""
+    GPU, two others beside it: side by side, the longest begin first."""
 
     name: str
     title: str

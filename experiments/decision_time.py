@@ -121,5 +121,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
-    minutes=3,
+    minutes=4,
 )

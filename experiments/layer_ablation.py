@@ -154,5 +154,5 @@ EXPERIMENT = Experiment(
         ),
     },
     run=run,
-    minutes=6,
+    minutes=7,
 )

@@ -145,5 +145,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
-    minutes=4,
+    minutes=5,
 )

@@ -96,5 +96,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
-    minutes=7,
+    minutes=8,
 )

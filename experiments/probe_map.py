@@ -110,5 +110,5 @@ EXPERIMENT = Experiment(
         "full": Settings(tasks=ALL, samples=256, batch=64, places=tuple(np.linspace(0, 1, 10).tolist()), closer_samples=96),
     },
     run=run,
-    minutes=5,
+    minutes=10,
 )

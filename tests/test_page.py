@@ -49,6 +49,13 @@ def test_the_readme_gives_the_committed_verdicts() -> None:
     assert said == {name: committed[name] for name in said}
 
 
+def test_what_experiments_say_that_they_take_is_what_the_committed_ones_took() -> None:
+    for name, experiment in experiments().items():
+        manifest = read_manifest(ROOT / "figures" / name)
+        assert manifest
+        assert experiment.minutes / 2 - 0.5 <= manifest["wall_seconds"] / 60 <= 2 * experiment.minutes, name
+
+
 def reasoner(outcome: str, verdict: str) -> list[dict[str, Any]]:
     """The verdicts of a model on two claims, one of which it is asked about."""
     found = {"criterion": "share > 0.5", "estimate": 0.7, "low": 0.6, "high": 0.8, "threshold": 0.5, "outcome": outcome}
