@@ -273,9 +273,7 @@ def _run_side_by_side(chosen: list[Experiment], options: ReproduceOptions) -> in
                 tqdm.write(f"{one.job.name}: {duration(manifest['wall_seconds'])}, see {write_report(options.out)}")
             bar.update()
 
-        # The longest first, so that none is left to run alone at the end.
-        ordered = sorted(chosen, key=lambda experiment: -experiment.minutes)
-        failed = side_by_side([job(experiment) for experiment in ordered], options.jobs, ended)
+        failed = side_by_side([job(experiment) for experiment in _longest_first(chosen)], options.jobs, ended)
     for one in failed:
         print(f"dit-lens: {one.job.name} ended with {one.code}: {one.last_line} (all it said: {one.job.log})", file=sys.stderr)
     manifests = (read_manifest(options.out / experiment.name) for experiment in chosen)
@@ -283,6 +281,15 @@ def _run_side_by_side(chosen: list[Experiment], options: ReproduceOptions) -> in
     if verdicts and not failed:
         print(f"\n{verdict_table(verdicts)}")
     return max((abs(one.code) for one in failed), default=0)
+
+
+def _longest_first(chosen: Sequence[Experiment]) -> list[Experiment]:
+    """By the minutes of each and of what waits for it, so that nothing long is left to run alone at the end."""
+
+    def minutes(one: Experiment) -> float:
+        return one.minutes + max((minutes(other) for other in chosen if one.name in other.after), default=0)
+
+    return sorted(chosen, key=minutes, reverse=True)
 
 
 def _words(options: RunOptions) -> list[str]:

@@ -171,5 +171,5 @@ EXPERIMENT = Experiment(
     presets={"quick": Settings(), "full": Settings(**noised.FULL)},
     run=run,
     claims=CLAIMS,
-    after=("noise",),
+    minutes=4,
 )

@@ -240,7 +240,7 @@ def test_an_ensemble_needs_two_seeds() -> None:
 def test_runs_with_two_experts_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     lens = dl.wrap(tiny_pipeline(experts=2), engine="hooks")
     settings = ensemble.Settings(tasks=("maze",), few=("circle",), few_steps=2, counts=(2,), sets=2, further=True, batch=6)
-    how: Any = {"preset": "quick", "settings": settings, "arguments": SHORT}
+    how: Any = {"preset": "quick", "settings": settings, "arguments": {**SHORT, "height": 32, "width": 32}}
     manifest = run_experiment(ensemble.EXPERIMENT, lens, tmp_path, **how)
     results = pd.read_parquet(tmp_path / "ensemble" / "results.parquet")
     assert {"step", "sigma", "timestep", "expert", "sample", "seed", "task"} <= set(results.columns)

@@ -49,7 +49,7 @@ SMALL: dict[str, dict[str, Any]] = {
 """Settings of each experiment, as small as they can be."""
 ON_FOLDERS: dict[str, dict[str, Any]] = {
     "step-lens": {"single": 2},
-    "probe-map": {"samples": 12, "batch": 12, "places": (0,), "closer_places": (0,), "closer_samples": 12},
+    "probe-map": {"samples": 12, "batch": 12, "places": (0,)},
 }
 """What is different where the task is a folder."""
 REFUSED = {

@@ -53,6 +53,8 @@ def test_what_experiments_say_that_they_take_is_what_the_committed_ones_took() -
     for name, experiment in experiments().items():
         manifest = read_manifest(ROOT / "figures" / name)
         assert manifest
+        if manifest["units"]["reused"] == manifest["units"]["units"]:
+            continue  # its runs were made by another
         assert experiment.minutes / 2 - 0.5 <= manifest["wall_seconds"] / 60 <= 2 * experiment.minutes, name
 
 

@@ -17,7 +17,7 @@ from probes.controls import control_task, read_with_controls
 from probes.linear import fit_and_score, split_groups
 from probes.ridge import Question, read_all
 
-SEEDS = range(5)
+SEEDS = range(4)
 CLIPS = 64
 HERE = {"step": 0, "branch": "cond"}
 
@@ -68,7 +68,7 @@ def test_probes_report_presence_absence_and_nonlinearity_rightly(kind: str, seed
 
 
 def test_what_is_not_there_and_what_has_nothing_to_do_with_it_is_at_chance() -> None:
-    """On average over the seeds, whose areas by chance have a standard deviation of 0.1: three times 0.1 / sqrt(5)."""
+    """On average over the seeds, whose areas by chance have a standard deviation of 0.1: three times 0.1 / sqrt(4)."""
     tables = pd.concat([read(kind, seed).assign(kind=kind, seed=seed) for kind, seed in product(("erased", "absent"), SEEDS)])
     nonlinear = pd.concat([read("nonlinear", seed).assign(kind="nonlinear", seed=seed) for seed in SEEDS])
     nothing = tables[tables["expected"] == "absent"]

@@ -6,9 +6,11 @@ import os
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from dit_lens.cli import RunOptions, _parsed, _words
+from dit_lens.cli import RunOptions, _longest_first, _parsed, _words
+from dit_lens.experiment import Experiment
 from dit_lens.side_by_side import Ended, Job, side_by_side
 
 MEET = "import sys; open(sys.argv[1], sys.argv[2]).close()"
@@ -71,3 +73,14 @@ def test_jobs_that_wait_for_each_other_are_refused(tmp_path: Path) -> None:
 )
 def test_options_survive_being_written_down(options: RunOptions) -> None:
     assert _parsed(RunOptions, _words(options), "run") == options
+
+
+def test_the_longest_begins_first_and_before_it_what_it_waits_for() -> None:
+    def experiment(name: str, minutes: float, *after: str) -> Experiment:
+        return Experiment(name, name, "", "", {}, lambda _: pd.DataFrame(), after=after, minutes=minutes)
+
+    short, long = experiment("short", 2), experiment("long", 6)
+    first, second = experiment("first", 3), experiment("second", 4, "first")
+    assert [one.name for one in _longest_first([short, second, long, first])] == ["first", "long", "second", "short"]
+    assert [one.name for one in _longest_first([first, second])] == ["first", "second"]
+    assert [one.name for one in _longest_first([short, first])] == ["first", "short"]

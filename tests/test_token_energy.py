@@ -172,9 +172,8 @@ def test_the_claim_is_judged_by_the_trend_and_the_control(levels: tuple[float, f
     assert judged(token_energy.CLAIMS[0], constructed(*levels)).verdict == word
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-def test_runs_end_to_end_on_a_tiny_pipeline(experts: int, tmp_path: Path) -> None:
-    lens, arguments = dl.wrap(tiny_pipeline(experts=experts)), {"num_inference_steps": 3}
+def test_runs_end_to_end_on_a_tiny_pipeline_with_two_experts(tmp_path: Path) -> None:
+    lens, arguments = dl.wrap(tiny_pipeline(experts=2)), {"num_inference_steps": 3}
     settings = token_energy.Settings(tasks=("maze", "circle"), samples=2, places=(0, 1))
     experiment = token_energy.EXPERIMENT
     manifest = run_experiment(experiment, lens, tmp_path, preset="quick", settings=settings, arguments=arguments)
