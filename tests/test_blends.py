@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,12 @@ def encode(video: Tensor) -> Tensor:
 
 
 LENS = SimpleNamespace(encode=encode)
-SAMPLES = [s for name in ("tictactoe", "pattern", "maze-loops") for s in reasoner.task(name).first(3, several=True)]
+
+
+@cache
+def samples() -> list[Any]:
+    """Some with several answers."""
+    return [s for name in ("tictactoe", "pattern", "maze-loops") for s in reasoner.task(name).first(3, several=True)]
 
 
 def clip(sample: Any, answer: Any) -> Tensor:
@@ -41,7 +47,12 @@ def blend(sample: Any, weights: list[float], still: float) -> Tensor:
     return mixed + still * encode(clips[0][None, :1].expand(1, 5, -1, -1, -1))
 
 
-@given(st.sampled_from(SAMPLES), st.lists(st.floats(0.01, 1), min_size=2, max_size=6), st.floats(0, 1), st.floats(0, 5))
+@given(
+    st.deferred(lambda: st.sampled_from(samples())),
+    st.lists(st.floats(0.01, 1), min_size=2, max_size=6),
+    st.floats(0, 1),
+    st.floats(0, 5),
+)
 def test_weights_come_back(sample: Any, drawn: list[float], still: float, beside: float) -> None:
     weights = (drawn * 3)[: len(sample.answers)]
     total = sum(weights) + still
@@ -57,7 +68,7 @@ def test_weights_come_back(sample: Any, drawn: list[float], still: float, beside
 
 
 def test_beyond_the_answers_is_the_nearest_mixture() -> None:
-    sample = SAMPLES[0]
+    sample = samples()[0]
     ends = [encode(clip(sample, answer)[None]) for answer in sample.answers[:2]]
     still = encode(clip(sample, sample.answers[0])[None, :1].expand(1, 5, -1, -1, -1))
     found = Blends(LENS, SIZE).held(torch.cat([still + 2 * (ends[0] - still), still - (ends[0] - still)]), [sample, sample])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,12 @@ from probes.linear import check_split
 from probes.maps import PROBE, read_map
 from probes.targets import Drawn, Target, targets
 
-SAMPLES = [reasoner.task("maze").sample("test", index) for index in range(32)]
 ROUTE = next(target for target in targets("maze") if target.name == "route")
+
+
+@cache
+def mazes() -> list[Any]:
+    return [reasoner.task("maze").sample("test", index) for index in range(32)]
 
 
 def route(sample: Any) -> np.ndarray:
@@ -43,12 +48,12 @@ def stream(sample: Any, block: int, step: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> dl.Store:
-    return planted_store(tmp_path_factory.mktemp("store"), SAMPLES, stream, blocks=4)
+    return planted_store(tmp_path_factory.mktemp("store"), mazes(), stream, blocks=4)
 
 
 @pytest.fixture(scope="module")
 def table(store: dl.Store) -> pd.DataFrame:
-    return read_map(store, SAMPLES, [ROUTE], closer=Closer(("route",), (0,), samples=32), progress=False)
+    return read_map(store, mazes(), [ROUTE], closer=Closer(("route",), (0,), samples=32), progress=False)
 
 
 def label(name: str, values: Any, task: str = "maze") -> Target:
@@ -91,7 +96,7 @@ def test_baselines_see_no_activation(table: pd.DataFrame) -> None:
 
 
 def test_every_target_is_read_at_every_cell(tmp_path: Path) -> None:
-    few = SAMPLES[:12]
+    few = mazes()[:12]
     made = planted_store(tmp_path, few, lambda *cell: noise(*cell), blocks=2, steps=2)
     table = read_map(made, few, progress=False)
     names = [target.name for target in targets("maze")]
@@ -104,7 +109,7 @@ def test_every_target_is_read_at_every_cell(tmp_path: Path) -> None:
 
 def test_what_a_trained_model_drew_can_be_asked_of_another(store: dl.Store, tmp_path: Path) -> None:
     """The labels are those that are handed over, not those of the runs that are read."""
-    few = SAMPLES[:12]
+    few = mazes()[:12]
     drawn = [Drawn(sample.boards[0], None) for sample in few]
     painted = next(target for target in targets("maze") if target.name == "painted")
     assert (painted.labels(few[0], drawn[0]) == 0).all()
@@ -117,7 +122,7 @@ def test_what_a_trained_model_drew_can_be_asked_of_another(store: dl.Store, tmp_
 
 def test_workers_change_nothing(store: dl.Store, table: pd.DataFrame) -> None:
     closer = Closer(("route",), (0,), samples=32)
-    pd.testing.assert_frame_equal(read_map(store, SAMPLES, [ROUTE], closer=closer, workers=2, progress=False), table)
+    pd.testing.assert_frame_equal(read_map(store, mazes(), [ROUTE], closer=closer, workers=2, progress=False), table)
 
 
 def turned(sample: Any, index: int) -> Any:
@@ -146,7 +151,7 @@ def reworded(sample: Any, index: int) -> Any:
 @pytest.mark.parametrize("other", [turned, reworded], ids=["turned", "reworded"])
 def test_a_planted_leak_is_refused(other: Any, tmp_path: Path) -> None:
     """A copy whose group has another name would be in training when its original is tested on."""
-    few = SAMPLES[:12]
+    few = mazes()[:12]
     copy = other(few[3], 100)
     assert copy.group == few[3].group
     made = planted_store(tmp_path, [*few, copy], lambda *cell: noise(*cell), blocks=1)
@@ -168,7 +173,7 @@ def test_a_planted_leak_is_refused(other: Any, tmp_path: Path) -> None:
 
 def test_frames_of_one_clip_are_never_divided() -> None:
     """Rows of two frames of each clip, of which the second ones are to be tested on."""
-    rows = [sample for sample in SAMPLES[:4] for _ in range(2)]
+    rows = [sample for sample in mazes()[:4] for _ in range(2)]
     with pytest.raises(dl.InputError, match=r"samples 0 and 0 of maze are one puzzle .* different parts, False and True"):
         check_split(rows, np.array([False, True] * 4))
     check_split(rows, np.repeat([False, True, True, False], 2))
@@ -177,10 +182,10 @@ def test_frames_of_one_clip_are_never_divided() -> None:
 
 def test_coarser_groups_are_taken(store: dl.Store) -> None:
     """Names that join puzzles are fine, and are what is counted."""
-    coarse = [sample.group[0] for sample in SAMPLES]
-    table = read_map(store, SAMPLES, [ROUTE], groups=coarse, baselines=False, progress=False)
+    coarse = [sample.group[0] for sample in mazes()]
+    table = read_map(store, mazes(), [ROUTE], groups=coarse, baselines=False, progress=False)
     assert (table["clusters"] == -(-len(set(coarse)) // 2)).all()
-    assert len(set(coarse)) < len({sample.group for sample in SAMPLES})
+    assert len(set(coarse)) < len({sample.group for sample in mazes()})
 
 
 def test_bad_labels_are_named(store: dl.Store) -> None:
@@ -197,34 +202,34 @@ def test_bad_labels_are_named(store: dl.Store) -> None:
         (late, r"'late' of maze has (no label|only the label 1) in all 16 training samples"),
     ):
         with pytest.raises(dl.InputError, match=said):
-            read_map(store, SAMPLES, [ROUTE, target], progress=False)
+            read_map(store, mazes(), [ROUTE, target], progress=False)
 
 
 def test_too_few_groups_are_said(store: dl.Store) -> None:
     half = label("half", lambda sample: np.indices((8, 8))[0] > 3)
     with pytest.raises(dl.InputError, match="takes 4 folds of whole groups, and 3 groups are for training: observe more samples"):
-        read_map(store, SAMPLES[:6], [half], progress=False)
+        read_map(store, mazes()[:6], [half], progress=False)
 
 
 def test_a_store_that_does_not_fit_is_said(store: dl.Store, tmp_path: Path) -> None:
     more = reasoner.task("maze").sample("test", 99)
     with pytest.raises(dl.InputError, match="the store lacks 1 of 33 samples of maze, as 99"):
-        read_map(store, [*SAMPLES, more], progress=False)
+        read_map(store, [*mazes(), more], progress=False)
     with pytest.raises(dl.InputError, match="samples of one task, and these are of"):
-        read_map(store, [SAMPLES[0], reasoner.task("circle").sample("test", 0)], progress=False)
+        read_map(store, [mazes()[0], reasoner.task("circle").sample("test", 0)], progress=False)
     with pytest.raises(dl.InputError, match="the store lacks 2 of 2 samples of maze, as 0: observe them"):
-        read_map(dl.Store(tmp_path / "empty"), SAMPLES[:2], progress=False)
-    other = planted_store(tmp_path / "wide", SAMPLES[:10], lambda *cell: noise(*cell)[:, :4], blocks=1)
+        read_map(dl.Store(tmp_path / "empty"), mazes()[:2], progress=False)
+    other = planted_store(tmp_path / "wide", mazes()[:10], lambda *cell: noise(*cell)[:, :4], blocks=1)
     with pytest.raises(dl.InputError, match=r"whole frames of 8 x 8 tokens, and the store holds \(1, 4, 8, 8\)"):
-        read_map(other, SAMPLES[:10], progress=False)
-    planted_store(tmp_path / "uneven", SAMPLES[:10], lambda *cell: noise(*cell), blocks=1)
-    uneven = planted_store(tmp_path / "uneven", SAMPLES[4:6], lambda *cell: noise(*cell), blocks=1)
+        read_map(other, mazes()[:10], progress=False)
+    planted_store(tmp_path / "uneven", mazes()[:10], lambda *cell: noise(*cell), blocks=1)
+    uneven = planted_store(tmp_path / "uneven", mazes()[4:6], lambda *cell: noise(*cell), blocks=1)
     with pytest.raises(dl.InputError, match="block 0 at step 0 is stored 2 times of sample 4: observe all samples once"):
-        read_map(uneven, SAMPLES[:10], progress=False)
+        read_map(uneven, mazes()[:10], progress=False)
 
 
 def test_activations_of_two_models_are_not_mixed(tmp_path: Path) -> None:
-    few = SAMPLES[:10]
+    few = mazes()[:10]
     planted_store(tmp_path, few, stream, blocks=2, model="first")
     both = planted_store(tmp_path, few, lambda *cell: noise(*cell), blocks=2, model="second")
     with pytest.raises(dl.InputError, match="maze of 2 models, as sample 0 of first and sample 0 of second: write model="):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_pipeline
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
 import dit_lens as dl
 from dit_lens import metrics, reasoner
 from dit_lens.claims import judged
-from dit_lens.experiment import run_experiment
 from dit_lens.reasoner import board
-from dit_lens.report import write_report
 from experiments import token_energy
 from experiments.energy import (
     CHANNELS,
@@ -170,13 +166,3 @@ def constructed(early: float, middle: float, untrained: float) -> pd.DataFrame:
 )
 def test_the_claim_is_judged_by_the_trend_and_the_control(levels: tuple[float, float, float], word: str) -> None:
     assert judged(token_energy.CLAIMS[0], constructed(*levels)).verdict == word
-
-
-def test_runs_end_to_end_on_a_tiny_pipeline_with_two_experts(tmp_path: Path) -> None:
-    lens, arguments = dl.wrap(tiny_pipeline(experts=2)), {"num_inference_steps": 3}
-    settings = token_energy.Settings(tasks=("maze", "circle"), samples=2, places=(0, 1))
-    experiment = token_energy.EXPERIMENT
-    manifest = run_experiment(experiment, lens, tmp_path, preset="quick", settings=settings, arguments=arguments)
-    assert [row["step"] for row in manifest["steps_measured"]] == [0, 2]
-    assert manifest["claims"][0]["verdict"] == "not tested"
-    assert experiment.title in write_report(tmp_path).read_text()
