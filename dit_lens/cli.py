@@ -116,7 +116,7 @@ class ExperimentOptions(ModelOptions):
 @dataclass(frozen=True)
 class ReproduceOptions(ExperimentOptions):
     """Run every experiment, or those named, and write the report. With ``jobs``, so many of them run at the same time, each in a
-    process of its own: on a GPU two take about two thirds of the time."""
+    process of its own: one alone leaves a GPU idle for much of the time."""
 
     preset: str = "quick"
     only: tuple[str, ...] = ()
@@ -185,8 +185,8 @@ def run(given: list[str]) -> int:
 def list_(given: list[str]) -> int:
     _arguments(given, "list")
     for name, experiment in experiments().items():
-        presets = f"{', '.join(experiment.presets)} (full: about {experiment.minutes:g} min on a data-centre GPU)"
-        print(f"{name}\n  {experiment.question}\n  {experiment.source}\n  presets: {presets}")
+        took = f" (full: about {experiment.minutes:g} min on a data-centre GPU)" if experiment.minutes else ""
+        print(f"{name}\n  {experiment.question}\n  {experiment.source}\n  presets: {', '.join(experiment.presets)}{took}")
     return 0
 
 

@@ -52,7 +52,7 @@ class Experiment:
     """A protocol. ``presets`` maps a name to an instance of one frozen dataclass of settings; ``run`` takes a `Context` and
     returns the results, one row per measurement; ``claims`` are judged by these. ``after`` names experiments whose work it
     takes up where they ran before it, into the same folder. ``minutes``: about what its full preset takes on a data-centre
-    GPU, two others beside it: side by side, the longest begin first."""
+    GPU, two others beside it, 0 where that is not known: side by side, the longest begin first."""
 
     name: str
     title: str
@@ -62,7 +62,7 @@ class Experiment:
     run: Callable[["Context"], pd.DataFrame]
     claims: Sequence[Claim] = ()
     after: Sequence[str] = ()
-    minutes: float = 1.0
+    minutes: float = 0.0
 
     def preset(self, name: str) -> Any:
         """The settings of a preset. InputError where there is none of that name."""

@@ -1,8 +1,8 @@
 """Commands side by side, each a process of its own: while one waits for the processor, another uses the accelerator.
 
-An experiment is half scoring and drawing, for which a GPU waits, so that two at a time take about two thirds of the time of one
-after the other. What they write does not depend on it: each has a folder of its own, and the runs that they share are kept in
-stores that several processes can write to.
+A call of the bundled reasoner's denoiser with 100 rows keeps an H100 busy for 18 of the 30 ms that it takes, and scoring and
+drawing leave it idle; two or three experiments at a time fill it. What they write does not depend on it: each has a folder of
+its own, and the runs that they share are kept in stores that several processes can write to.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ At its own number of steps the model is near its ceiling, with little to gain; s
 Three steps were chosen on 12 training samples a task, without any ensemble: 28 of 36 were right, with four steps all, and
 mazes leave no room with either (12 and 11 of 12).
 
-Thinned in the full preset: at the model's own steps one set of seeds, only what the claims need, and scored for the first seed;
-with few steps two sets, the second only for what the claims need and its control.
+Thinned in the full preset: K is 2, 3, 4 or 8; at the model's own steps one set of seeds, only what the claims need, and scored
+for the first seed; with few steps two sets, the second only for what the claims need and its control.
 """
 
 from collections.abc import Sequence

@@ -120,8 +120,9 @@ def section(first: Sequence[dict[str, Any]], held_out: dict[str, Any], second: S
     made = (
         "A second reasoner was trained with another seed (first weights, order of the puzzles, noise; the VAE is the bundled"
         f" one): {trained}. Its weights are in [{NAME}/{WEIGHTS}]({NAME}/{WEIGHTS}). Every experiment with a manifest in"
-        f" [{NAME}]({NAME}) was run on it with the same full preset: the verdicts agree in **{same} of {len(pairs)} claims**, and"
-        f" {against} are contrary (supported by one, refuted by the other). Of {len(table)} criteria, {agree} come out alike and"
+        f" [{NAME}]({NAME}) was run on it with the same full preset, but for the sizes of batches: the verdicts agree in"
+        f" **{same} of {len(pairs)} claims**, and {against} are contrary (supported by one, refuted by the other). Of"
+        f" {len(table)} criteria, {agree} come out alike and"
         f" {opposite} opposite (one holds, the other fails). What was changed in a claim after"
         " the first full run on the bundled reasoner had not been tried on this one."
     )

@@ -224,4 +224,5 @@ EXPERIMENT = Experiment(
     },
     run=run,
     claims=CLAIMS,
+    minutes=1,
 )

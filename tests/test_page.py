@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def test_the_readme_gives_the_committed_verdicts() -> None:
     said = dict(re.findall(r"\((\w+)\) \| \*\*(\w+)\*\* \|", (ROOT / "README.md").read_text()))
     assert len(said) >= 7
     assert said == {name: committed[name] for name in said}
+
+
+def test_committed_results_are_of_the_presets_as_they_are() -> None:
+    for name, experiment in experiments().items():
+        full, manifest = json.loads(json.dumps(asdict(experiment.preset("full")))), read_manifest(ROOT / "figures" / name)
+        assert manifest
+        # How many processes read probes is a matter of the machine.
+        assert manifest["settings"] | {"workers": 0} == full | {"workers": 0}, f"{name}: run its full preset again"
 
 
 def test_what_experiments_say_that_they_take_is_what_the_committed_ones_took() -> None:
@@ -108,6 +117,10 @@ def test_the_second_reasoners_results_are_of_its_weights() -> None:
     assert {manifest["model"]["hash"] for manifest in found.manifests} == {dl.load(home / second.WEIGHTS).hash}
     assert found.held_out["model"] in {manifest["model"]["hash"] for manifest in found.manifests}
     assert {manifest["preset"] for manifest in found.manifests} == {"full"}
+    for manifest in found.manifests:
+        first = read_manifest(ROOT / "figures" / manifest["experiment"])
+        assert first
+        assert {**manifest["settings"], "batch": 0} == {**first["settings"], "batch": 0}
 
 
 def test_criteria_are_paired_by_their_names() -> None:
